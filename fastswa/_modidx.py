@@ -42,4 +42,17 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastswa.average._wide': ('average.html#_wide', 'fastswa/average.py'),
                                  'fastswa.average._zeros_like': ('average.html#_zeros_like', 'fastswa/average.py'),
                                  'fastswa.average.all_finite': ('average.html#all_finite', 'fastswa/average.py'),
-                                 'fastswa.average.unwrap': ('average.html#unwrap', 'fastswa/average.py')}}}
+                                 'fastswa.average.unwrap': ('average.html#unwrap', 'fastswa/average.py')},
+            'fastswa.schedule': { 'fastswa.schedule.Cycles': ('schedule.html#cycles', 'fastswa/schedule.py'),
+                                  'fastswa.schedule.Cycles.pos': ('schedule.html#cycles.pos', 'fastswa/schedule.py'),
+                                  'fastswa.schedule._is_int': ('schedule.html#_is_int', 'fastswa/schedule.py'),
+                                  'fastswa.schedule._is_num': ('schedule.html#_is_num', 'fastswa/schedule.py'),
+                                  'fastswa.schedule.check_cycles': ('schedule.html#check_cycles', 'fastswa/schedule.py'),
+                                  'fastswa.schedule.check_lr': ('schedule.html#check_lr', 'fastswa/schedule.py'),
+                                  'fastswa.schedule.cycle_lr': ('schedule.html#cycle_lr', 'fastswa/schedule.py'),
+                                  'fastswa.schedule.draw_sched': ('schedule.html#draw_sched', 'fastswa/schedule.py'),
+                                  'fastswa.schedule.group_lrs': ('schedule.html#group_lrs', 'fastswa/schedule.py'),
+                                  'fastswa.schedule.plot_swa_sched': ('schedule.html#plot_swa_sched', 'fastswa/schedule.py'),
+                                  'fastswa.schedule.sched_authors': ('schedule.html#sched_authors', 'fastswa/schedule.py'),
+                                  'fastswa.schedule.swa_cycles': ('schedule.html#swa_cycles', 'fastswa/schedule.py'),
+                                  'fastswa.schedule.swa_lrs': ('schedule.html#swa_lrs', 'fastswa/schedule.py')}}}
