@@ -44,7 +44,7 @@ def _averaged(model):
 class _Parts:
     "Remember the modules and parameters of `model`, to see later whether any was replaced"
     def __init__(self, model):
-        self.dicts = [d for m in model.modules() for d in (m._modules, m._parameters)]
+        self.dicts = [d for m in model.modules() for d in (m._modules, m._parameters) if isinstance(d, dict)]   # TorchScript has none
         self.sizes = list(map(len, self.dicts))
         self.links = list(zip(*((d,k,v) for d in self.dicts for k,v in d.items()))) or [(),(),()]
 

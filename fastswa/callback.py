@@ -85,7 +85,7 @@ class SWA(Callback):
     _avg,_bn,_own_bn,_layers,_state = None,None,None,[],None   # the mean; its statistics; those of the weights it replaced; layers that trained
     _epoch,_done,_pending,_cycles,_names = -1,0,[],None,[]
     _peaks,_lo,_hi,_moms,_lrs,_skipped = None,None,None,None,array('d'),0
-    _value_now,_told,_saved = False,set(),{}
+    _value_now,_moved,_told,_saved = False,False,set(),{}
     collected = []   # iterations at which weights went into the average
     def __init__(self,
         start:float=0.75, # When averaging begins. float in [0,1): share of the fit. int: epochs trained before it
@@ -137,7 +137,7 @@ class SWA(Callback):
     def before_fit(self):
         self._add_columns()
         if self.learn.lock.locked(): return       # validate or get_preds, perhaps inside a fit: not ours
-        self._armed,self._active,self._epoch,self._told,self._value_now = False,False,-1,set(),False
+        self._armed,self._active,self._epoch,self._told,self._value_now,self._moved = False,False,-1,set(),False,False
         if self.learn._grab_cbs(LRFinder) or hasattr(self.learn, 'gather_preds'): return
         if len(self.learn._grab_cbs(SWA))>1:
             raise ValueError('this learner has two SWA callbacks, and only one average can end up in the model: remove one (learn.remove_cb)')
@@ -235,6 +235,7 @@ class SWA(Callback):
     def after_batch(self):
         if not self._active: return
         self._done += 1
+        self._moved = True
         self._lrs.append(self.learn.opt.hypers[-1]['lr'])
         if self._pending and self._done>=self._pending[0] and self._done%self._cycles.n_iter: self._collect()
 
@@ -246,6 +247,8 @@ class SWA(Callback):
 
     def _collect(self):
         self._pending = [o for o in self._pending if o>self._done]
+        if not self._moved: return                                      # an epoch that was cancelled before its first batch
+        self._moved = False
         model = unwrap(self.learn.model)
         if self._avg is None: self._avg = WeightAverage(model)
         if not all_finite(model.parameters()):

@@ -143,7 +143,7 @@ def draw_sched(
     ax.plot(xcut, cut, color='0.35', lw=1.5)
     at = [o-1 for o in ends]
     ax.plot(x[at], lrs[at], 'o', ms=4.5, color='C3', label=f'weights collected ({len(ends)})', clip_on=False, zorder=3)
-    ax.set(xlabel='epoch', ylabel='learning rate', xlim=(0, max(x[-1], 1/cycles.n_iter)), ylim=(0, 1.08*max(lrs.max(), 1e-12)))
+    ax.set(xlabel='epoch', ylabel='learning rate', xlim=(0, max(x[-1], 1/cycles.n_iter)), ylim=(0, 1.08*max(np.nanmax(lrs), 1e-12)))
     for s in ('top','right'): ax.spines[s].set_visible(False)
     if ends: ax.legend(frameon=False, loc='best')
     return ax

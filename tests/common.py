@@ -1,5 +1,5 @@
 "Small learners on bundled data, and callbacks that watch them"
-import contextlib, copy, random, warnings
+import contextlib, random, warnings
 from functools import partial
 
 import numpy as np, torch
@@ -9,10 +9,13 @@ from fastai.data.load import DataLoader as FastaiDataLoader
 from sklearn.datasets import load_digits
 from torch import nn
 
+def seed(s=0): torch.manual_seed(s); random.seed(s); np.random.seed(s)
+
 d = load_digits()
 X,Y = torch.tensor(d.images/16, dtype=torch.float32)[:,None],torch.tensor(d.target)
 
 def net(p=0.):
+    seed()
     return nn.Sequential(nn.Conv2d(1,8,3,2,1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,16,3,2,1), nn.BatchNorm2d(16), nn.ReLU(),
                          nn.Dropout(p), nn.Flatten(), nn.Linear(64,10))
 def plain_net(): return nn.Sequential(nn.Flatten(), nn.Linear(64,20), nn.ReLU(), nn.Linear(20,10))
@@ -20,8 +23,6 @@ def plain_net(): return nn.Sequential(nn.Flatten(), nn.Linear(64,20), nn.ReLU(),
 def dls(n=200, bs=40, n_valid=100, workers=0, shuffle=True, drop_last=True):
     tr,va = list(zip(X[:n],Y[:n])),list(zip(X[n:n+n_valid],Y[n:n+n_valid]))
     return DataLoaders(FastaiDataLoader(tr, bs=bs, shuffle=shuffle, drop_last=drop_last, num_workers=workers), FastaiDataLoader(va, bs=64, num_workers=workers))
-
-def seed(s=0): torch.manual_seed(s); random.seed(s); np.random.seed(s)
 
 sgd = partial(SGD, mom=.9, decouple_wd=False)
 def learner(model=None, cbs=None, s=0, opt_func=sgd, lr=.1, metrics=accuracy, path='.', splitter=trainable_params, data=None, **kw):
