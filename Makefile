@@ -1,0 +1,12 @@
+# All the work is in tools/bootstrap.py, which also runs without make
+PYTHON ?= python3
+
+help:
+	@echo "make demo   train on bundled data and show what averaging does   (options: make demo ARGS=--help)"
+	@echo "make test   run all tests, notebooks included                    (options: make test ARGS='-k schedule')"
+	@echo "The first run installs everything into .venv. Another Python: PYTHON=python3.12 make test"
+
+demo test:
+	@"$(PYTHON)" tools/bootstrap.py $@ $(ARGS)
+
+.PHONY: help demo test

@@ -1,0 +1,5 @@
+"Everything at once: `from fastswa.all import *` beside `from fastai.vision.all import *`"
+from .average import *
+from .schedule import *
+from .batchnorm import *
+from .callback import *

@@ -1,0 +1,289 @@
+"What the repository promises about itself: generated files in step, an install that happens once, nothing of one machine in what is stored"
+import ast,importlib,importlib.util,json,os,re,shutil,subprocess,sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from fastcore.test import test_eq   # never collected, unless conftest.py no longer sees to that
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+root = Path(__file__).resolve().parent.parent
+nbs = sorted(nbglob(get_config(root).nbs_path, as_path=True))
+by_hand = {'__init__.py', 'all.py'}   # all else in fastswa/ is exported
+
+def load(path):
+    "A script as a module"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    m = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(m)
+    return m
+
+def python(*args, cwd=root, **env): return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env={**os.environ, **env}, text=True, capture_output=True)
+
+@pytest.fixture
+def copy(tmp_path):
+    "A copy of the checkout to break, with a space in its path as people have them"
+    dst = tmp_path/'a copy'
+    for o in 'nbs','fastswa','tools': shutil.copytree(root/o, dst/o, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for o in 'settings.ini','setup.py','pyproject.toml','README.md': shutil.copy(root/o, dst/o)
+    return dst
+
+def py_files(d): return {o.name:o.read_text() for o in (d/'fastswa').glob('*.py')}
+
+def edit_nb(p, cell_type, source):
+    "Put `source` at the end of the first cell of `cell_type` in the notebook at `p`"
+    nb = json.loads(p.read_text())
+    c = next(o for o in nb['cells'] if o['cell_type']==cell_type)
+    c['source'] = ''.join(c['source'])+source
+    p.write_text(json.dumps(nb))
+
+# Notebooks and what is made of them
+
+def test_modules_match_notebooks(copy):
+    was = py_files(root)
+    for o in was.keys()-by_hand: (copy/'fastswa'/o).unlink()   # so that a module whose notebook is gone shows too
+    r = python('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=copy)
+    assert r.returncode==0, r.stderr
+    now = py_files(copy)
+    assert was.keys()==now.keys()
+    for o in was: assert was[o]==now[o], f'fastswa/{o} is not what its notebook exports: run nbdev-export'
+
+def test_notebooks_clean(copy):
+    r = python('-c', 'from nbdev.clean import nbdev_clean; nbdev_clean()', cwd=copy)
+    assert r.returncode==0, r.stderr
+    for o in nbs: assert o.read_bytes()==(copy/'nbs'/o.name).read_bytes(), f'{o.name} is not clean: run nbdev-clean'
+
+def test_all_has_every_name():
+    import fastswa.all
+    mods = [o.stem for o in (root/'fastswa').glob('*.py') if o.name not in by_hand|{'_modidx.py', 'demo.py'}]
+    assert len(mods)>=4
+    for o in mods:
+        missing = set(importlib.import_module(f'fastswa.{o}').__all__)-set(dir(fastswa.all))
+        assert not missing, f'fastswa/all.py lacks {missing}'
+
+def stored(p):
+    "All the text of the notebook at `p`, outputs included, pictures not"
+    for c in json.loads(p.read_text())['cells']:
+        yield ''.join(c['source'])
+        for o in c.get('outputs', []):
+            yield ''.join(o.get('text', ''))
+            for k,v in o.get('data', {}).items():
+                if k.startswith('text/'): yield ''.join(v)
+
+machine = re.compile(r'/home/|/root/|/tmp/|/Users/|site-packages[/\\]|\\Users\\')
+
+@pytest.mark.parametrize('p', [*nbs, root/'README.md'], ids=lambda o: o.name)
+def test_nothing_of_one_machine(p):
+    for o in stored(p) if p.suffix=='.ipynb' else [p.read_text()]: assert not machine.search(o)
+
+@pytest.mark.parametrize('p', nbs, ids=lambda o: o.name)
+def test_no_stored_errors(p):
+    outs = [o for c in json.loads(p.read_text())['cells'] for o in c.get('outputs', [])]
+    assert not [o for o in outs if o['output_type']=='error']
+
+# README
+
+def check_readme(d): return python('tools/readme.py', '--check', cwd=d)
+
+def test_readme_in_step():
+    r = check_readme(root)
+    assert r.returncode==0, r.stderr
+
+def test_readme_check_sees_changes(copy):
+    assert check_readme(copy).returncode==0
+    orphan = copy/'nbs/images/index_gone.png'
+    orphan.parent.mkdir(exist_ok=True)
+    orphan.write_bytes(b'')
+    r = check_readme(copy)
+    assert r.returncode==1 and 'index_gone.png' in r.stderr and r.stderr.count('\n')==1
+    assert python('tools/readme.py', cwd=copy).returncode==0 and not orphan.exists()
+    edit_nb(copy/'nbs/index.ipynb', 'markdown', '\n\nOne more line')
+    r = check_readme(copy)
+    assert r.returncode==1 and 'README.md. Run `python tools/readme.py`' in r.stderr and r.stderr.count('\n')==1
+    assert python('tools/readme.py', cwd=copy).returncode==0 and check_readme(copy).returncode==0
+    assert 'One more line' in (copy/'README.md').read_text()
+
+def test_readme_links_lead_somewhere():
+    md = re.sub(r'^```.*?^```|`[^`\n]+`', '', (root/'README.md').read_text(), flags=re.M|re.S)
+    for o in re.findall(r'\]\(([^)\s]+)', md):
+        if not re.match(r'https?:|#', o): assert (root/o.split('#')[0]).exists(), f'README.md links to {o}'
+
+readme = load(root/'tools/readme.py')
+
+@pytest.mark.parametrize('nb,md', [
+    ('[a](00_x.ipynb#Top)',       '[a](nbs/00_x.ipynb#Top)'),
+    ('![p](images/p.png "t")',    '![p](nbs/images/p.png "t")'),
+    ('[c](../CHANGELOG.md)',      '[c](CHANGELOG.md)'),
+    ('[![b](b.svg)](c.ipynb)',    '[![b](nbs/b.svg)](nbs/c.ipynb)'),
+    ('<img src="images/p.png">',  '<img src="nbs/images/p.png">'),
+    ('[r]: 00_x.ipynb',           '[r]: nbs/00_x.ipynb'),
+    *[(o,o) for o in ('[w](https://a.b/c.ipynb)', '[t](#top)', '`[a](b.ipynb)`', '```\n[a](b.ipynb)\n```')]])
+def test_relink(nb, md): assert readme.relink(nb)==md
+
+@pytest.mark.parametrize('md,alt', [('## How *it* falls\nText', 'How it falls'), ('See [this](x.ipynb) `plot`. More.', 'See this plot'),
+                                    ('The loss\nfalls:\n\nThen', 'The loss falls')])
+def test_caption(md, alt): assert readme.caption(md)==alt
+
+def test_pipe_table():
+    row = '<tr><th>{}</th><td>{}</td></tr>'
+    html = '<table border="1" class="dataframe">'+row.format('', 'a|b')+row.format(0, '&lt;x')+'</table><p>1 rows × 1 columns</p>'
+    html = f'<div><style scoped>td {{}}</style>{html}</div>'
+    assert readme.html_md(html)=='|  | a\\|b |\n| ---: | --- |\n| 0 | <x |'
+    for o in html.replace('<td', '<td colspan="2"', 1),'words '+html: assert '<table' in readme.html_md(o)
+    assert readme.html_md('<style>x</style>\n')==''
+
+# Metadata
+
+def test_version():
+    import fastswa
+    r = python('setup.py', '--version')
+    assert r.stdout.split()[-1]==fastswa.__version__ and str(Version(fastswa.__version__))==fastswa.__version__
+    assert f'## {fastswa.__version__}' in (root/'CHANGELOG.md').read_text()
+
+def test_importing_the_package_is_cheap():
+    r = python('-c', 'import sys,fastswa; print(fastswa.__version__, "torch" in sys.modules)', PYTHONPATH=str(root))
+    assert r.stdout.split()[1:]==['False'], r.stderr
+
+boot = load(root/'tools/bootstrap.py')
+ini = boot.configparser.ConfigParser(delimiters=['='], interpolation=None)
+ini.read(root/'settings.ini')
+
+@pytest.mark.parametrize('req', (ini['DEFAULT']['requirements']+' '+ini['DEFAULT']['dev_requirements']).split())
+def test_requirement_is_here(req):
+    r = Requirement(req)
+    assert r.specifier.contains(version(r.name), prereleases=True)
+    importlib.import_module({'scikit-learn':'sklearn'}.get(r.name, r.name))
+
+# tools/run_nbs.py
+
+def test_run_nbs(copy):
+    p,cells = copy/'nbs/00_try.ipynb',['import matplotlib.pyplot as plt\nprint(1+1)', '#| slow\n1/0', '#| eval: false\n1/0', 'plt.plot([1,2]);']
+    def write(*srcs):
+        cs = [dict(cell_type='code', id=f'c{i}', metadata={}, source=s, execution_count=None, outputs=[]) for i,s in enumerate(srcs)]
+        p.write_text(json.dumps(dict(cells=cs, metadata={}, nbformat=4, nbformat_minor=5)))
+    write(*cells)
+    r = python('tools/run_nbs.py', p, cwd=copy)
+    assert r.returncode==0 and not r.stderr, r.stderr
+    outs = [o['outputs'] for o in json.loads(p.read_text())['cells']]
+    assert outs[0][0]['text']==['2\n'] and outs[1]==outs[2]==[] and [*outs[3][0]['data']][0]=='image/png'
+    write('print(1)', '1/0')
+    was = p.read_bytes()
+    r = python('tools/run_nbs.py', p, cwd=copy)
+    assert r.returncode==1 and 'ZeroDivisionError' in r.stderr and 'Left as they were, because a cell failed: 00_try.ipynb' in r.stderr
+    assert p.read_bytes()==was
+
+# tools/bootstrap.py
+
+def test_bootstrap_reads_in_old_python(): ast.parse((root/'tools/bootstrap.py').read_text(), feature_version=(3,6))
+
+def bootstrap_after(code, copy, *args):
+    "Run bootstrap as a script in `copy`, in a Python that `code` has changed"
+    code = f'import sys,runpy; {code}; sys.argv[1:] = {list(args)}; runpy.run_path("tools/bootstrap.py", run_name="__main__")'
+    return python('-c', code, cwd=copy, PIP_NO_INDEX='1')   # where the test fails it must not go on to a real install
+
+def test_bootstrap_old_python(copy):
+    r = bootstrap_after('sys.version_info = (3,6,9)', copy, 'test')
+    assert r.returncode==1 and r.stderr.count('\n')==1
+    assert r.stderr.startswith('fastswa needs Python >= 3.10, this is 3.6: try PYTHON=python3.11 make test')
+    for v in (3,10),(3,12),(4,0): boot.check_python('test', v)
+    for v in (2,7),(3,9):
+        with pytest.raises(SystemExit): boot.check_python('test', v)
+
+@pytest.mark.parametrize('missing', ['venv', 'ensurepip'])
+def test_bootstrap_no_venv(copy, missing):
+    r = bootstrap_after(f'sys.modules["{missing}"] = None', copy, 'demo')
+    assert r.returncode==1 and 'apt install python3-venv' in r.stderr and r.stderr.count('\n')==1
+
+def test_bootstrap_usage(copy):
+    for o in [],['tset']: assert 'demo|test' in bootstrap_after('0', copy, *o).stderr
+
+@pytest.fixture
+def fake(copy, monkeypatch):
+    "Bootstrap in `copy`, with programs that are noted in `.calls` instead of run, and `.rc` for pip's exit code"
+    m = load(copy/'tools/bootstrap.py')
+    m.calls,m.rc = [],0
+    def call(line, **kwargs):
+        if '-m' not in line: return 0   # has it got pip? Yes
+        m.calls.append(line[2])
+        if line[2]=='venv':
+            m.bins.mkdir(parents=True)
+            m.python.write_text('')
+            (m.venv/'pyvenv.cfg').write_text('version = %d.%d.1\n' % sys.version_info[:2])
+        if line[2]=='pip':
+            m.calls[-1] = 'pip '+line[-1]
+            if isinstance(m.rc, type): raise m.rc
+            return m.rc
+        return 0
+    def execve(file, line, env): m.ran = Path(file).name,line[1:],env
+    monkeypatch.setattr(m.subprocess, 'call', call)
+    monkeypatch.setattr(m.os, 'execve', execve)
+    monkeypatch.chdir(copy)
+    for o in 'OMP_NUM_THREADS','PYTHONWARNINGS': monkeypatch.delenv(o, raising=False)
+    def calls(*args):
+        m.calls.clear()
+        m.main(*args)
+        return [*m.calls]
+    m.after = calls
+    return m
+
+def test_bootstrap_installs_once(fake):
+    assert fake.after('demo')==['venv', 'pip .']
+    assert fake.after('demo')==[]
+    assert fake.after('test')==['pip .[dev]']   # more than the demo has
+    assert fake.after('test')==[]
+    assert fake.after('demo')==[]               # less than the tests have
+    for o in 'settings.ini','setup.py','pyproject.toml':
+        with (fake.root/o).open('a') as f: f.write('\n')
+        assert fake.after('test')==['pip .[dev]']
+        assert fake.after('test')==[]
+    fake.python.unlink()                        # the Python that .venv was made with is gone
+    shutil.rmtree(fake.bins)
+    assert fake.after('demo')==['venv', 'pip .']
+
+@pytest.mark.parametrize('rc', [1, KeyboardInterrupt])
+def test_bootstrap_interrupted(fake, rc):
+    fake.after('demo')
+    fake.rc = rc
+    with pytest.raises(SystemExit): fake.after('test')
+    assert not fake.stamp.exists()
+    fake.rc = 0
+    assert fake.after('test')==['pip .[dev]']
+
+def test_bootstrap_says_what_it_does(fake, capsys):
+    fake.after('demo')
+    assert '4 minutes and 6 GB' in capsys.readouterr().out
+    fake.after('demo')
+    assert capsys.readouterr().out==''
+    (fake.venv/'pyvenv.cfg').write_text('version = 3.1.4\n')
+    fake.after('demo')
+    assert '.venv has Python 3.1: remove it' in capsys.readouterr().out
+
+def test_bootstrap_runs(fake, monkeypatch):
+    fake.after('demo', '--seeds', '1')
+    name,args,env = fake.ran
+    assert name=='fastswa_demo' and args==['--seeds', '1'] and env['PYTHONWARNINGS']=='ignore::FutureWarning'
+    fake.after('test', '-k', 'a or b')
+    name,args,env = fake.ran
+    assert args==['-m', 'pytest', '-k', 'a or b'] and env['OMP_NUM_THREADS']=='1' and env['PYTHONWARNINGS']=='ignore::FutureWarning'
+    for o in 'OMP_NUM_THREADS','PYTHONWARNINGS': monkeypatch.setenv(o, 'mine')
+    fake.after('test')
+    assert fake.ran[2]['OMP_NUM_THREADS']==fake.ran[2]['PYTHONWARNINGS']=='mine'
+
+@pytest.mark.skipif(os.name=='nt', reason='the stand-in is a shell script')
+@pytest.mark.parametrize('line', [[sys.executable, 'tools/bootstrap.py', 'demo', 'x y'], ['make', '-s', 'demo', 'ARGS="x y"']], ids=['script', 'make'])
+def test_bootstrap_exit_code(copy, line):
+    if not shutil.which(line[0]): pytest.skip('no make')
+    shutil.copy(root/'Makefile', copy)
+    m = load(copy/'tools/bootstrap.py')
+    m.bins.mkdir(parents=True)
+    for o,s in (m.python,''),(m.bins/'fastswa_demo','#!/bin/sh\necho "got $1"; exit 7\n'):
+        o.write_text(s)
+        o.chmod(0o755)
+    (m.venv/'pyvenv.cfg').write_text('')
+    m.stamp.write_text('demo '+m.wanted())
+    r = subprocess.run(line, cwd=copy, text=True, capture_output=True, env={**os.environ, 'PYTHON':sys.executable})
+    assert r.stdout=='got x y\n'
+    assert r.returncode==(7 if line[0]!='make' else 2)   # make has a code of its own for any failure
