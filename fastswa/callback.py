@@ -25,7 +25,7 @@ from fastai.torch_core import get_model, rank_distrib
 
 from .average import WeightAverage, all_finite, unwrap
 from .batchnorm import BNStats, _cancels, _n_batches, bn_layers, learner_stats, side_pass
-from .schedule import Cycles, _is_int, check_cycles, check_lr, cycle_lr, draw_sched, group_lrs, sched_authors, swa_cycles
+from .schedule import Cycles, _is_int, _check_cycles, _check_lr, cycle_lr, draw_sched, group_lrs, sched_authors, swa_cycles
 
 # %% ../nbs/30_callback.ipynb #00ba0aee
 class _SWARefresh(Callback):
@@ -97,10 +97,10 @@ class SWA(Callback):
         bn_batches:int=None, # Training batches for BatchNorm statistics. None: all
         save_to=None, # File that `save` writes after each collection, so that a killed run can be resumed. None: no file
     ):
-        check_cycles(start, cycle_len)
-        if swa_lr is not None and swa_lr is not False: check_lr('swa_lr', swa_lr)
+        _check_cycles(start, cycle_len)
+        if swa_lr is not None and swa_lr is not False: _check_lr('swa_lr', swa_lr)
         if swa_lr_max is not None:
-            check_lr('swa_lr_max', swa_lr_max)
+            _check_lr('swa_lr_max', swa_lr_max)
             if swa_lr is False: raise ValueError("swa_lr_max has no use with swa_lr=False, which leaves the fit's own schedule alone: give swa_lr a learning rate")
             if isinstance(swa_lr, float) and isinstance(swa_lr_max, float) and swa_lr_max<swa_lr:
                 raise ValueError(f'swa_lr_max={swa_lr_max} is below swa_lr={swa_lr}: a cycle begins at swa_lr_max and falls to swa_lr, swap them')

@@ -164,10 +164,12 @@ def test_layers_frozen_in_training_stay():
 
 def test_no_evaluation_no_columns_and_odd_recorders():
     l = learner(); fit(l, 2, cbs=SWA()); assert 'swa_loss' not in l.recorder.metric_names
-    for kw,n in [(dict(add_time=False),6), (dict(train_metrics=True),8), (dict(valid_metrics=False),3)]:
+    for kw,n in [(dict(add_time=False),6), (dict(train_metrics=True),8)]:
         l = learner(); l.remove_cb(Recorder); l.add_cb(Recorder(**kw))
         fit(l, 2, cbs=SWA(eval_every=1))
         assert len(l.recorder.metric_names)==n and all(len(v)==n-1-l.recorder.add_time for v in l.recorder.values)
+    l = learner(); l.remove_cb(Recorder); l.add_cb(Recorder(valid_metrics=False)); swa = SWA(eval_every=1)
+    fit(l, 2, cbs=swa); assert swa.n_averaged and not any('swa' in o for o in l.recorder.metric_names) and {len(v) for v in l.recorder.values}=={1}
     l = learner(metrics=[accuracy, ValueMetric(lambda: 3., 'three'), error_rate])
     fit(l, 2, cbs=SWA(eval_every=1))
     assert list(l.recorder.metric_names[-4:])==['swa_loss','swa_accuracy','swa_error_rate','time']
