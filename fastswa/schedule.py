@@ -56,7 +56,7 @@ def swa_cycles(
     none is shorter than one iteration. Raises ValueError if `cycle_len` is longer than what is left of the fit after `start`."""
     _check_cycles(start, cycle_len)
     total = n_epoch*n_iter
-    first = start*n_iter if _is_int(start) else int(start*total+.5)
+    first = start*n_iter if _is_int(start) else int(start*total+1e-9)   # rounded down: something is always left
     left = total-first
     if left<=0: return Cycles(total, (), n_iter)
     c = max(1, min(n_iter, left/10) if cycle_len is None else cycle_len*n_iter)

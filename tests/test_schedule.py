@@ -16,14 +16,14 @@ def test_cycles_end_with_the_fit(n_epoch, n_iter, start, cycle_len):
         assert cycle_len is not None and 'cycle_len' in str(e)
         return
     if not cyc.ends:
-        assert (start*n_iter if isinstance(start, int) else round(start*total)) >= total
+        assert isinstance(start, int) and start>=n_epoch
         return
     assert cyc.ends[-1]==total                                  # the last cycle isn't cut off
     assert all(isinstance(o, int) for o in cyc.ends)
     gaps = np.diff([cyc.begin,*cyc.ends])
     assert gaps.min()>=1
     if isinstance(start, int): assert cyc.begin==start*n_iter   # an int start is kept
-    else:                      assert cyc.begin>=int(start*total+.5)-1 and np.ptp(gaps)<=1
+    else:                      assert cyc.begin>=int(start*total+1e-9)-1 and np.ptp(gaps)<=1
     assert np.ptp(gaps[1:])<=1 if len(gaps)>1 else True         # equal within rounding
     c = max(1, cycle_len*n_iter) if cycle_len else None
     if c: assert all(abs(g-c)<=1 for g in gaps[1:]) and gaps[0]>=c-1 and (isinstance(start, float) or gaps[0]<2*c+1)
