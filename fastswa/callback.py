@@ -7,7 +7,6 @@ __all__ = ['SWA']
 
 # %% ../nbs/30_callback.ipynb #e865350c
 import inspect, math, os, sys, warnings
-from array import array
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -84,7 +83,7 @@ class SWA(Callback):
     _learn,_helpers,_armed,_active,_resumed = None,(),False,False,False
     _avg,_bn,_own_bn,_layers,_state = None,None,None,[],None   # the mean; its statistics; those of the weights it replaced; layers that trained
     _epoch,_done,_pending,_cycles,_names = -1,0,[],None,[]
-    _peaks,_lo,_hi,_moms,_lrs,_skipped = None,None,None,None,array('d'),0
+    _peaks,_lo,_hi,_moms,_lrs,_skipped = None,None,None,None,[],0
     _value_now,_moved,_told,_saved = False,False,set(),{}
     collected = []   # iterations at which weights went into the average
     def __init__(self,
@@ -181,7 +180,7 @@ class SWA(Callback):
         for name in ('swa_lr','swa_lr_max'):
             if getattr(self,name) is not False: group_lrs(getattr(self,name), [1.]*n_groups, name)
         self._resume_or_reset()
-        self._lrs,self._skipped,self._saved = array('d'),self._epoch*n_iter,{}
+        self._lrs,self._skipped,self._saved = [],self._epoch*n_iter,{}
         self._lo = self._hi = self._moms = None
         self._active = True
         if not self._cycles.ends:
