@@ -131,314 +131,349 @@ class SWA(Callback):
     def _once(self, key, msg):
         if key not in self._told: self._told.add(key); warnings.warn(msg)
 
-    # ---- before training
-
-    def before_fit(self):
-        self._add_columns()
-        if self.learn.lock.locked(): return       # validate or get_preds, perhaps inside a fit: not ours
-        self._armed,self._active,self._epoch,self._told,self._value_now,self._moved = False,False,-1,set(),False,False
-        if self.learn._grab_cbs(LRFinder) or hasattr(self.learn, 'gather_preds'): return
-        if len(self.learn._grab_cbs(SWA))>1:
-            raise ValueError('this learner has two SWA callbacks, and only one average can end up in the model: remove one (learn.remove_cb)')
-        for cb in self._trackers(missing=True):
-            raise ValueError(f"{type(cb).__name__} monitors '{cb.monitor}', a column this fit does not have: use SWA(eval_every=1), and names among {self._names or ['swa_loss']}")
-        self._armed = True                        # not yet active: tta begins like a fit, but never trains
-
-    def _add_columns(self):
-        rec = getattr(self.learn, 'recorder', None)
-        on = self.eval_every and rec is not None and rec.valid_metrics
-        self._names = ['swa_loss', *(f'swa_{m.name}' for m in self._metrics())] if on else []
-        if not on: return
-        names = [o for o in rec.metric_names if o not in self._names]
-        at = len(names)-1 if rec.add_time else len(names)
-        rec.metric_names = L(*names[:at], *self._names, *names[at:])
-
-    def _metrics(self): return [m for m in self.learn.metrics if not isinstance(m, ValueMetric)]   # those do not depend on the model
-
-    def _trackers(self, missing=False):
-        "Trackers that watch a column of ours (or one that looks like it, but is `missing`)"
-        return [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.monitor.startswith('swa_') and (cb.monitor in self._names)!=missing]
-
-    def before_epoch(self):
-        if not self._armed or self.learn.lock.locked(): return
-        self._epoch += 1
-        self._value_now = False
-
-    def before_train(self):
-        if not self._armed or self.learn.lock.locked(): return
-        n_iter = len(self.learn.dls.train)
-        if not self._active: self._begin(n_iter)
-        if not self._active: return
-        self._done = self._epoch*n_iter
-        self._pending = [o for o in self._cycles.ends if o>self._done]
-
-    def _begin(self, n_iter):
-        "The first training of this fit: now it is one"
-        if _in_frozen_phase(self.learn): self._armed = False; return     # averaging starts afresh when fine_tune has unfrozen the model
-        self._cycles = swa_cycles(self.learn.n_epoch, n_iter, self.start, self.cycle_len)
-        n_groups = len(self.learn.opt.hypers)
-        for name in ('swa_lr','swa_lr_max'):
-            if getattr(self,name) is not False: group_lrs(getattr(self,name), [1.]*n_groups, name)
-        self._resume_or_reset()
-        self._lrs,self._skipped,self._saved = [],self._epoch*n_iter,{}
-        self._lo = self._hi = self._moms = None
-        self._active = True
-        if not self._cycles.ends:
-            self._once('never', f'SWA(start={self.start!r}) will never start, this fit has {self.learn.n_epoch} epochs: nothing is averaged. '
-                                'A share such as start=0.75 fits every length.')
-        elif self.swa_lr is not False:
-            if self.learn._grab_cbs(ReduceLROnPlateau):
-                self._once('plateau', f'SWA sets the learning rate from iteration {self._cycles.begin} on, ReduceLROnPlateau has no effect there: use SWA(swa_lr=False) to leave it in charge')
-        else: self._check_annealing()
-
-    def _resume_or_reset(self):
-        model = unwrap(self.learn.model)
-        if self._state is not None:                       # loaded: go on from it
-            self._avg,self._peaks = WeightAverage(model),np.array(self._state['peaks']) if self._state['peaks'] else None
-            self._avg.load_state_dict(self._state)
-            self.collected,self._state,self._bn = list(self._state['collected']),None,None
-        elif self._epoch>0 and self._avg is not None and self._avg._model is model:   # start_epoch: go on from where the walk was
-            if self._avg.inside: self.restore(self.learn)
-        else: self._avg,self._bn,self._own_bn,self._peaks,self.collected = None,None,None,None,[]
-
-    def _check_annealing(self):
-        sched = next((cb.scheds['lr'] for cb in self.learn._grab_cbs(ParamScheduler) if 'lr' in cb.scheds), None)
-        if sched is None: return
-        vals = [float(np.max(sched(p))) for p in np.linspace(0, 1, 51)]
-        if vals[-1]<max(vals)/100: self._warn_annealing()
-
-    def _warn_annealing(self):
-        self._once('anneal', "the fit's own schedule anneals the learning rate to almost nothing while SWA averages (swa_lr=False): the mean of an annealing "
-                             'tail tends to be worse than its last weights. Use SWA(swa_lr=None), which holds half of the highest rate.')
-
-    # ---- the learning rate
-
-    def after_pred(self):
-        "The last event before the step, and after every scheduler"
-        if not self._active: return
-        opt,it = self.learn.opt,self._done
-        if it<=self._cycles.begin or self._peaks is None:
-            lrs = np.array([h['lr'] for h in opt.hypers], dtype=float)
-            self._peaks = lrs if self._peaks is None or len(self._peaks)!=len(lrs) else np.maximum(self._peaks, lrs)
-        pos = self._cycles.pos(it)
-        if pos is None or self.swa_lr is False: return
-        if self._lo is None:
-            self._lo = group_lrs(self.swa_lr, self._peaks)
-            self._hi = None if self.swa_lr_max is None else group_lrs(self.swa_lr_max, self._peaks, 'swa_lr_max')
-            self._moms = [h['mom'] for h in opt.hypers] if 'mom' in opt.hypers[0] else None
-        opt.set_hyper('lr', [float(o) for o in cycle_lr(pos, self._lo, self._hi, self.sched)])
-        if self._moms is not None: opt.set_hyper('mom', self._moms)     # a momentum that went on following 1cycle would not fit a rate that doesn't
-
-    # ---- collecting
-
-    def after_batch(self):
-        if not self._active: return
-        self._done += 1
-        self._moved = True
-        self._lrs.append(self.learn.opt.hypers[-1]['lr'])
-        if self._pending and self._done>=self._pending[0] and self._done%self._cycles.n_iter: self._collect()
-
-    def after_train(self):
-        if not self._active or self.learn.lock.locked(): return
-        self._layers = bn_layers(get_model(self.learn.model))           # layers that somebody froze are in evaluation mode now
-        self._done = (self._epoch+1)*self._cycles.n_iter                # also where the epoch was cut short
-        if self._pending and self._pending[0]<=self._done: self._collect()
-
-    def _collect(self):
-        self._pending = [o for o in self._pending if o>self._done]
-        if not self._moved: return                                      # an epoch that was cancelled before its first batch
-        self._moved = False
-        model = unwrap(self.learn.model)
-        if self._avg is None: self._avg = WeightAverage(model)
-        if not all_finite(model.parameters()):
-            self._once('finite', f'the weights are not finite after {self._done} iterations (the training diverged?): such snapshots are left out of the average')
-            return
-        if self.swa_lr is False and self._peaks is not None and self.learn.opt.hypers[-1]['lr']<self._peaks[-1]/100: self._warn_annealing()
-        self._avg.update(model)
-        self._bn = None
-        self.collected = [*self.collected, self._done]
-        if self.save_to is not None: self.save(self.save_to)
-
-    # ---- evaluating
-
-    def _stats(self):
-        "BatchNorm statistics of the average, which the model holds now"
-        if self._bn is None: self._bn = learner_stats(self.learn, self._layers, self.bn_batches) or BNStats([])
-        return self._bn
-
-    @contextmanager
-    def _lent(self):
-        "Inside the block the model is the averaged one"
-        with self._avg.swapped(unwrap(self.learn.model)), self._stats().lent(): yield
-
-    def after_validate(self):
-        if not self._active or self.learn.lock.locked() or not self._names: return
-        if getattr(self.learn.recorder, 'cancel_valid', False): return
-        due = (self._epoch+1)%self.eval_every==0 or self._epoch==self.learn.n_epoch-1
-        self._value_now = due and self.n_averaged>0
-        self.learn.recorder.log += self._evaluate() if self._value_now else [math.nan]*len(self._names)
-
-    def _evaluate(self):
-        meter = _Meter([AvgLoss(), *deepcopy(self._metrics())])
-        with self._lent(), side_pass(self.learn, self.learn.dls.valid, [meter]) as learn, torch.no_grad():
-            try: learn._with_events(learn.all_batches, 'validate', CancelValidException)
-            except _cancels: pass
-            return meter.values()
-
-    def after_epoch(self):
-        "Trackers of our columns wait while these have no value; SaveModel gets the average to save, as that is what was scored"
-        if not self._active or self.learn.lock.locked(): return
-        for cb in self._trackers():
-            if not isinstance(cb, SaveModelCallback): cb.run = self._value_now; continue
-            cb.run = False
-            if not self._value_now and not cb.every_epoch: continue
-            if self.n_averaged:
-                with self._lent(): cb.after_epoch()
-            if getattr(cb, 'new_best', False): self._saved[cb] = self.n_averaged
-
-    # ---- the end of the fit
-
-    def _finish(self):
-        "Order -60 of after_fit"
-        if self.learn.lock.locked() or not self._active: return
-        for cb in self._trackers():
-            if isinstance(cb, SaveModelCallback): cb.run = False          # it would load the best average over the last weights; see _install
-        if self.n_averaged:
-            with self._avg.swapped(unwrap(self.learn.model)): self._stats()
-        elif self._cycles.ends and self._epoch>=0:
-            self._once('nothing', f'the fit ended after {self._done} iterations, the first cycle would have ended after {self._cycles.ends[0]}: '
-                                  'nothing was averaged, the model has its last weights')
-
-    def _install(self):
-        "Order 90 of after_fit"
-        if self.learn.lock.locked() or not self._active: return
-        self._armed = self._active = False
-        if not self.n_averaged: return
-        self._put(unwrap(self.learn.model))
-        for cb in self._trackers():
-            if isinstance(cb, SaveModelCallback) and (cb.at_end or cb in self._saved):
-                cb.after_fit()                                            # loads the best average, or saves the last
-                if cb.at_end: continue
-                self._avg.refresh_mark(self._saved[cb])
-                self._bn = BNStats(self._bn.layers)
-
-    def _put(self, model):
-        if not self._avg.inside: self._own_bn = BNStats(self._bn.layers)
-        self._avg.apply(model)
-        self._bn.install()
-
-    # ---- afterwards
-
-    def _known(self, learn, what):
-        "The model of `learn`, with an average that is made for it"
-        if learn is None: raise TypeError(f'swa.{what}(learn): give it the learner, as the callback forgets it when the fit ends')
-        model = unwrap(learn.model)
-        if self._state is not None:
-            self._avg = WeightAverage(model)
-            self._avg.load_state_dict(self._state)
-            self._bn = self._load_bn(model, self._state['bn'])
-            self.collected,self._state = list(self._state['collected']),None
-        if not self.n_averaged: raise RuntimeError(f'swa.{what}: nothing has been averaged yet (the fit ended before the first cycle did, or there was none)')
-        return model
-
-    def apply(self,
-        learn:Learner, # The learner of the fit, or after `load` one with the same architecture
-    ):
-        "Put the average into `learn.model`, BatchNorm statistics included (measured now if they are not known). A second call does nothing"
-        model = self._known(learn, 'apply')
-        if self._bn is None:
-            layers = self._layers or bn_layers(model)
-            with self._avg.swapped(model): self._bn = learner_stats(learn, layers, self.bn_batches) or BNStats([])
-        self._put(model)
-
-    def restore(self,
-        learn:Learner, # The learner of the fit
-    ):
-        "Put the weights and statistics back that the average replaced: the last of the fit, or the best if `SaveModelCallback` had loaded them"
-        model = self._known(learn, 'restore')
-        if not self._avg.inside: return
-        self._avg.restore(model)
-        if self._own_bn is not None: self._own_bn.install()
-
-    @property
-    def swa_model(self)->nn.Module:
-        "A copy of the model with the average in it, in evaluation mode; made anew each time"
-        if self._avg is None or not self._avg.n:
-            raise RuntimeError('there is no average yet' + (': it was loaded, call swa.apply(learn) first' if self._state else ''))
-        model = self._avg._model
-        if self._avg.inside: self._avg._still_inside()
-        if self._bn is None and self._learn is None and bn_layers(model):
-            warnings.warn('the BatchNorm statistics of this copy are those of the last weights: the fit was interrupted before they could be measured. Call swa.apply(learn) first.')
-        with self._avg.swapped(model):
-            bn = self._bn if self._bn is not None or self._learn is None else self._stats()
-            with (BNStats([]) if bn is None else bn).lent():
-                try: res = deepcopy(model)
-                except Exception as e:
-                    raise RuntimeError(f'this model cannot be copied ({type(e).__name__}: {e}). The average itself is safe: use learn.model after the fit, '
-                                       'or swa.copy_to(model) with a model you have built') from e
-        res.zero_grad(set_to_none=True)
-        return res.eval()
-
-    def copy_to(self,
-        model:nn.Module, # A model of the same architecture
-    )->nn.Module: # The same model
-        "Write the average and its BatchNorm statistics into another model"
-        if self._avg is None: raise RuntimeError('there is no average yet')
-        self._avg.copy_to(model)
-        if self._bn is not None:
-            names = {m:k for k,m in self._avg._model.named_modules()}
-            BNStats([unwrap(model).get_submodule(names[m]) for m in self._bn.layers], self._bn.means, self._bn.vars).install()
-        return model
-
-    def plot_sched(self,
-        ax=None, # matplotlib axes; None: a new figure
-    ):
-        "Draw the learning rate of the last fit, with a dot wherever weights were collected"
-        if not len(self._lrs): raise RuntimeError('nothing to draw before a fit: see plot_swa_sched for a picture of a fit to come')
-        return draw_sched([*[math.nan]*self._skipped, *self._lrs], self._cycles, [o for o in self.collected if o>self._skipped], ax)
-
-    # ---- stopping and going on
-
-    def state_dict(self)->dict:
-        "Everything needed to go on in another process: the average, its count and statistics, the highest learning rates"
-        if self._state is not None: return self._state
-        avg = dict(n=0, average={}) if self._avg is None else self._avg.state_dict()
-        names = {} if self._avg is None else {m:k for k,m in self._avg._model.named_modules()}
-        bn = None if self._bn is None else {names[m]:(mean,var) for m,mean,var in zip(self._bn.layers, self._bn.means, self._bn.vars)}
-        return dict(avg, bn=bn, peaks=None if self._peaks is None else [float(o) for o in self._peaks], collected=list(self.collected))
-
-    def load_state_dict(self,
-        state:dict, # From `state_dict`
-    ):
-        "Go on from a saved average: the next fit continues it, `apply(learn)` puts it in"
-        missing = {'n','average','bn','peaks','collected'}-set(state)
-        if missing: raise ValueError(f'not the state of an SWA callback: it has no {sorted(missing)}')
-        self._state,self._avg,self._bn,self._own_bn = dict(state),None,None,None
-
-    def save(self,
-        file, # Path
-    ):
-        "Write `state_dict` to a file, all or nothing: a file that was there before is intact until the new one is complete. Only rank 0 writes"
-        if rank_distrib(): return
-        file = Path(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        tmp = file.with_name(file.name+'.tmp')
-        torch.save(self.state_dict(), tmp)
-        os.replace(tmp, file)
-
-    def load(self,
-        file, # Path of a file that `save` wrote
-    )->'SWA':
-        "Read a saved average; the next fit goes on with it, or `apply(learn)` puts it in"
-        self.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
-        return self
-
-    def _load_bn(self, model, bn):
-        if bn is None: return None
-        layers = [model.get_submodule(k) for k in bn]
-        return BNStats(layers, [o[0].to(m.running_mean.device) for o,m in zip(bn.values(),layers)], [o[1].to(m.running_var.device) for o,m in zip(bn.values(),layers)])
-
 # %% ../nbs/30_callback.ipynb #ffebe470
+@patch
+def before_fit(self:SWA):
+    self._add_columns()
+    if self.learn.lock.locked(): return       # validate or get_preds, perhaps inside a fit: not ours
+    self._armed,self._active,self._epoch,self._told,self._value_now,self._moved = False,False,-1,set(),False,False
+    if self.learn._grab_cbs(LRFinder) or hasattr(self.learn, 'gather_preds'): return
+    if len(self.learn._grab_cbs(SWA))>1:
+        raise ValueError('this learner has two SWA callbacks, and only one average can end up in the model: remove one (learn.remove_cb)')
+    for cb in self._trackers(missing=True):
+        raise ValueError(f"{type(cb).__name__} monitors '{cb.monitor}', a column this fit does not have: use SWA(eval_every=1), and names among {self._names or ['swa_loss']}")
+    self._armed = True                        # not yet active: tta begins like a fit, but never trains
+
+@patch
+def _add_columns(self:SWA):
+    rec = getattr(self.learn, 'recorder', None)
+    on = self.eval_every and rec is not None and rec.valid_metrics
+    self._names = ['swa_loss', *(f'swa_{m.name}' for m in self._metrics())] if on else []
+    if not on: return
+    names = [o for o in rec.metric_names if o not in self._names]
+    at = len(names)-1 if rec.add_time else len(names)
+    rec.metric_names = L(*names[:at], *self._names, *names[at:])
+
+@patch
+def _metrics(self:SWA): return [m for m in self.learn.metrics if not isinstance(m, ValueMetric)]   # those do not depend on the model
+
+@patch
+def _trackers(self:SWA, missing=False):
+    "Trackers that watch a column of ours (or one that looks like it, but is `missing`)"
+    return [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.monitor.startswith('swa_') and (cb.monitor in self._names)!=missing]
+
+# %% ../nbs/30_callback.ipynb #088e0cec
+@patch
+def before_epoch(self:SWA):
+    if not self._armed or self.learn.lock.locked(): return
+    self._epoch += 1
+    self._value_now = False
+
+@patch
+def before_train(self:SWA):
+    if not self._armed or self.learn.lock.locked(): return
+    n_iter = len(self.learn.dls.train)
+    if not self._active: self._begin(n_iter)
+    if not self._active: return
+    self._done = self._epoch*n_iter
+    self._pending = [o for o in self._cycles.ends if o>self._done]
+
+# %% ../nbs/30_callback.ipynb #c09138b1
+@patch
+def _begin(self:SWA, n_iter):
+    "The first training of this fit: now it is one"
+    if _in_frozen_phase(self.learn): self._armed = False; return     # averaging starts afresh when fine_tune has unfrozen the model
+    self._cycles = swa_cycles(self.learn.n_epoch, n_iter, self.start, self.cycle_len)
+    n_groups = len(self.learn.opt.hypers)
+    for name in ('swa_lr','swa_lr_max'):
+        if getattr(self,name) is not False: group_lrs(getattr(self,name), [1.]*n_groups, name)
+    self._resume_or_reset()
+    self._lrs,self._skipped,self._saved = [],self._epoch*n_iter,{}
+    self._lo = self._hi = self._moms = None
+    self._active = True
+    if not self._cycles.ends:
+        self._once('never', f'SWA(start={self.start!r}) will never start, this fit has {self.learn.n_epoch} epochs: nothing is averaged. '
+                            'A share such as start=0.75 fits every length.')
+    elif self.swa_lr is not False:
+        if self.learn._grab_cbs(ReduceLROnPlateau):
+            self._once('plateau', f'SWA sets the learning rate from iteration {self._cycles.begin} on, ReduceLROnPlateau has no effect there: use SWA(swa_lr=False) to leave it in charge')
+    else: self._check_annealing()
+
+# %% ../nbs/30_callback.ipynb #cee2b598
+@patch
+def _resume_or_reset(self:SWA):
+    model = unwrap(self.learn.model)
+    if self._state is not None:                       # loaded: go on from it
+        self._avg,self._peaks = WeightAverage(model),np.array(self._state['peaks']) if self._state['peaks'] else None
+        self._avg.load_state_dict(self._state)
+        self.collected,self._state,self._bn = list(self._state['collected']),None,None
+    elif self._epoch>0 and self._avg is not None and self._avg._model is model:   # start_epoch: go on from where the walk was
+        if self._avg.inside: self.restore(self.learn)
+    else: self._avg,self._bn,self._own_bn,self._peaks,self.collected = None,None,None,None,[]
+
+@patch
+def _check_annealing(self:SWA):
+    sched = next((cb.scheds['lr'] for cb in self.learn._grab_cbs(ParamScheduler) if 'lr' in cb.scheds), None)
+    if sched is None: return
+    vals = [float(np.max(sched(p))) for p in np.linspace(0, 1, 51)]
+    if vals[-1]<max(vals)/100: self._warn_annealing()
+
+@patch
+def _warn_annealing(self:SWA):
+    self._once('anneal', "the fit's own schedule anneals the learning rate to almost nothing while SWA averages (swa_lr=False): the mean of an annealing "
+                         'tail tends to be worse than its last weights. Use SWA(swa_lr=None), which holds half of the highest rate.')
+
+# %% ../nbs/30_callback.ipynb #47e21099
+@patch
+def after_pred(self:SWA):
+    "The last event before the step, and after every scheduler"
+    if not self._active: return
+    opt,it = self.learn.opt,self._done
+    if it<=self._cycles.begin or self._peaks is None:
+        lrs = np.array([h['lr'] for h in opt.hypers], dtype=float)
+        self._peaks = lrs if self._peaks is None or len(self._peaks)!=len(lrs) else np.maximum(self._peaks, lrs)
+    pos = self._cycles.pos(it)
+    if pos is None or self.swa_lr is False: return
+    if self._lo is None:
+        self._lo = group_lrs(self.swa_lr, self._peaks)
+        self._hi = None if self.swa_lr_max is None else group_lrs(self.swa_lr_max, self._peaks, 'swa_lr_max')
+        self._moms = [h['mom'] for h in opt.hypers] if 'mom' in opt.hypers[0] else None
+    opt.set_hyper('lr', [float(o) for o in cycle_lr(pos, self._lo, self._hi, self.sched)])
+    if self._moms is not None: opt.set_hyper('mom', self._moms)     # a momentum that went on following 1cycle would not fit a rate that doesn't
+
+# %% ../nbs/30_callback.ipynb #278299f4
+@patch
+def after_batch(self:SWA):
+    if not self._active: return
+    self._done += 1
+    self._moved = True
+    self._lrs.append(self.learn.opt.hypers[-1]['lr'])
+    if self._pending and self._done>=self._pending[0] and self._done%self._cycles.n_iter: self._collect()
+
+@patch
+def after_train(self:SWA):
+    if not self._active or self.learn.lock.locked(): return
+    self._layers = bn_layers(get_model(self.learn.model))           # layers that somebody froze are in evaluation mode now
+    self._done = (self._epoch+1)*self._cycles.n_iter                # also where the epoch was cut short
+    if self._pending and self._pending[0]<=self._done: self._collect()
+
+# %% ../nbs/30_callback.ipynb #07d830d1
+@patch
+def _collect(self:SWA):
+    self._pending = [o for o in self._pending if o>self._done]
+    if not self._moved: return                                      # an epoch that was cancelled before its first batch
+    self._moved = False
+    model = unwrap(self.learn.model)
+    if self._avg is None: self._avg = WeightAverage(model)
+    if not all_finite(model.parameters()):
+        self._once('finite', f'the weights are not finite after {self._done} iterations (the training diverged?): such snapshots are left out of the average')
+        return
+    if self.swa_lr is False and self._peaks is not None and self.learn.opt.hypers[-1]['lr']<self._peaks[-1]/100: self._warn_annealing()
+    self._avg.update(model)
+    self._bn = None
+    self.collected = [*self.collected, self._done]
+    if self.save_to is not None: self.save(self.save_to)
+
+# %% ../nbs/30_callback.ipynb #0d271023
+@patch
+def _stats(self:SWA):
+    "BatchNorm statistics of the average, which the model holds now"
+    if self._bn is None: self._bn = learner_stats(self.learn, self._layers, self.bn_batches) or BNStats([])
+    return self._bn
+
+@patch
+@contextmanager
+def _lent(self:SWA):
+    "Inside the block the model is the averaged one"
+    with self._avg.swapped(unwrap(self.learn.model)), self._stats().lent(): yield
+
+@patch
+def after_validate(self:SWA):
+    if not self._active or self.learn.lock.locked() or not self._names: return
+    if getattr(self.learn.recorder, 'cancel_valid', False): return
+    due = (self._epoch+1)%self.eval_every==0 or self._epoch==self.learn.n_epoch-1
+    self._value_now = due and self.n_averaged>0
+    self.learn.recorder.log += self._evaluate() if self._value_now else [math.nan]*len(self._names)
+
+@patch
+def _evaluate(self:SWA):
+    meter = _Meter([AvgLoss(), *deepcopy(self._metrics())])
+    with self._lent(), side_pass(self.learn, self.learn.dls.valid, [meter]) as learn, torch.no_grad():
+        try: learn._with_events(learn.all_batches, 'validate', CancelValidException)
+        except _cancels: pass
+        return meter.values()
+
+# %% ../nbs/30_callback.ipynb #3349f376
+@patch
+def after_epoch(self:SWA):
+    "Trackers of our columns wait while these have no value; SaveModel gets the average to save, as that is what was scored"
+    if not self._active or self.learn.lock.locked(): return
+    for cb in self._trackers():
+        if not isinstance(cb, SaveModelCallback): cb.run = self._value_now; continue
+        cb.run = False
+        if not self._value_now and not cb.every_epoch: continue
+        if self.n_averaged:
+            with self._lent(): cb.after_epoch()
+        if getattr(cb, 'new_best', False): self._saved[cb] = self.n_averaged
+
+# %% ../nbs/30_callback.ipynb #f8479296
+@patch
+def _finish(self:SWA):
+    "Order -60 of after_fit"
+    if self.learn.lock.locked() or not self._active: return
+    for cb in self._trackers():
+        if isinstance(cb, SaveModelCallback): cb.run = False          # it would load the best average over the last weights; see _install
+    if self.n_averaged:
+        with self._avg.swapped(unwrap(self.learn.model)): self._stats()
+    elif self._cycles.ends and self._epoch>=0:
+        self._once('nothing', f'the fit ended after {self._done} iterations, the first cycle would have ended after {self._cycles.ends[0]}: '
+                              'nothing was averaged, the model has its last weights')
+
+@patch
+def _install(self:SWA):
+    "Order 90 of after_fit"
+    if self.learn.lock.locked() or not self._active: return
+    self._armed = self._active = False
+    if not self.n_averaged: return
+    self._put(unwrap(self.learn.model))
+    for cb in self._trackers():
+        if isinstance(cb, SaveModelCallback) and (cb.at_end or cb in self._saved):
+            cb.after_fit()                                            # loads the best average, or saves the last
+            if cb.at_end: continue
+            self._avg.refresh_mark(self._saved[cb])
+            self._bn = BNStats(self._bn.layers)
+
+# %% ../nbs/30_callback.ipynb #6337489d
+@patch
+def _put(self:SWA, model):
+    if not self._avg.inside: self._own_bn = BNStats(self._bn.layers)
+    self._avg.apply(model)
+    self._bn.install()
+
+# %% ../nbs/30_callback.ipynb #fdd31e63
+@patch
+def _known(self:SWA, learn, what):
+    "The model of `learn`, with an average that is made for it"
+    if learn is None: raise TypeError(f'swa.{what}(learn): give it the learner, as the callback forgets it when the fit ends')
+    model = unwrap(learn.model)
+    if self._state is not None:
+        self._avg = WeightAverage(model)
+        self._avg.load_state_dict(self._state)
+        self._bn = self._load_bn(model, self._state['bn'])
+        self.collected,self._state = list(self._state['collected']),None
+    if not self.n_averaged: raise RuntimeError(f'swa.{what}: nothing has been averaged yet (the fit ended before the first cycle did, or there was none)')
+    return model
+
+@patch
+def apply(self:SWA,
+    learn:Learner, # The learner of the fit, or after `load` one with the same architecture
+):
+    "Put the average into `learn.model`, BatchNorm statistics included (measured now if they are not known). A second call does nothing"
+    model = self._known(learn, 'apply')
+    if self._bn is None:
+        layers = self._layers or bn_layers(model)
+        with self._avg.swapped(model): self._bn = learner_stats(learn, layers, self.bn_batches) or BNStats([])
+    self._put(model)
+
+# %% ../nbs/30_callback.ipynb #218e2888
+@patch
+def restore(self:SWA,
+    learn:Learner, # The learner of the fit
+):
+    "Put the weights and statistics back that the average replaced: the last of the fit, or the best if `SaveModelCallback` had loaded them"
+    model = self._known(learn, 'restore')
+    if not self._avg.inside: return
+    self._avg.restore(model)
+    if self._own_bn is not None: self._own_bn.install()
+
+# %% ../nbs/30_callback.ipynb #661e33dc
+@patch(as_prop=True)
+def swa_model(self:SWA)->nn.Module:
+    "A copy of the model with the average in it, in evaluation mode; made anew each time"
+    if self._avg is None or not self._avg.n:
+        raise RuntimeError('there is no average yet' + (': it was loaded, call swa.apply(learn) first' if self._state else ''))
+    model = self._avg._model
+    if self._avg.inside: self._avg._still_inside()
+    if self._bn is None and self._learn is None and bn_layers(model):
+        warnings.warn('the BatchNorm statistics of this copy are those of the last weights: the fit was interrupted before they could be measured. Call swa.apply(learn) first.')
+    with self._avg.swapped(model):
+        bn = self._bn if self._bn is not None or self._learn is None else self._stats()
+        with (BNStats([]) if bn is None else bn).lent():
+            try: res = deepcopy(model)
+            except Exception as e:
+                raise RuntimeError(f'this model cannot be copied ({type(e).__name__}: {e}). The average itself is safe: use learn.model after the fit, '
+                                   'or swa.copy_to(model) with a model you have built') from e
+    res.zero_grad(set_to_none=True)
+    return res.eval()
+
+# %% ../nbs/30_callback.ipynb #2421a96b
+@patch
+def copy_to(self:SWA,
+    model:nn.Module, # A model of the same architecture
+)->nn.Module: # The same model
+    "Write the average and its BatchNorm statistics into another model"
+    if self._avg is None: raise RuntimeError('there is no average yet')
+    self._avg.copy_to(model)
+    if self._bn is not None:
+        names = {m:k for k,m in self._avg._model.named_modules()}
+        BNStats([unwrap(model).get_submodule(names[m]) for m in self._bn.layers], self._bn.means, self._bn.vars).install()
+    return model
+
+@patch
+def plot_sched(self:SWA,
+    ax=None, # matplotlib axes; None: a new figure
+):
+    "Draw the learning rate of the last fit, with a dot wherever weights were collected"
+    if not len(self._lrs): raise RuntimeError('nothing to draw before a fit: see plot_swa_sched for a picture of a fit to come')
+    return draw_sched([*[math.nan]*self._skipped, *self._lrs], self._cycles, [o for o in self.collected if o>self._skipped], ax)
+
+# %% ../nbs/30_callback.ipynb #52c6ddb8
+@patch
+def state_dict(self:SWA)->dict:
+    "Everything needed to go on in another process: the average, its count and statistics, the highest learning rates"
+    if self._state is not None: return self._state
+    avg = dict(n=0, average={}) if self._avg is None else self._avg.state_dict()
+    names = {} if self._avg is None else {m:k for k,m in self._avg._model.named_modules()}
+    bn = None if self._bn is None else {names[m]:(mean,var) for m,mean,var in zip(self._bn.layers, self._bn.means, self._bn.vars)}
+    return dict(avg, bn=bn, peaks=None if self._peaks is None else [float(o) for o in self._peaks], collected=list(self.collected))
+
+@patch
+def load_state_dict(self:SWA,
+    state:dict, # From `state_dict`
+):
+    "Go on from a saved average: the next fit continues it, `apply(learn)` puts it in"
+    missing = {'n','average','bn','peaks','collected'}-set(state)
+    if missing: raise ValueError(f'not the state of an SWA callback: it has no {sorted(missing)}')
+    self._state,self._avg,self._bn,self._own_bn = dict(state),None,None,None
+
+# %% ../nbs/30_callback.ipynb #c6828443
+@patch
+def save(self:SWA,
+    file, # Path
+):
+    "Write `state_dict` to a file, all or nothing: a file that was there before is intact until the new one is complete. Only rank 0 writes"
+    if rank_distrib(): return
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tmp = file.with_name(file.name+'.tmp')
+    torch.save(self.state_dict(), tmp)
+    os.replace(tmp, file)
+
+@patch
+def load(self:SWA,
+    file, # Path of a file that `save` wrote
+)->'SWA':
+    "Read a saved average; the next fit goes on with it, or `apply(learn)` puts it in"
+    self.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
+    return self
+
+@patch
+def _load_bn(self:SWA, model, bn):
+    if bn is None: return None
+    layers = [model.get_submodule(k) for k in bn]
+    return BNStats(layers, [o[0].to(m.running_mean.device) for o,m in zip(bn.values(),layers)], [o[1].to(m.running_var.device) for o,m in zip(bn.values(),layers)])
+
+# %% ../nbs/30_callback.ipynb #291c7366
 @patch
 def fit_swa(self:Learner,
     n_epoch:int, # Epochs in the whole fit
