@@ -150,6 +150,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fastswa.demo._Parser': ('demo.html#_parser', 'fastswa/demo.py'),
                               'fastswa.demo._Parser.error': ('demo.html#_parser.error', 'fastswa/demo.py'),
                               'fastswa.demo._by_method': ('demo.html#_by_method', 'fastswa/demo.py'),
+                              'fastswa.demo._fill': ('demo.html#_fill', 'fastswa/demo.py'),
                               'fastswa.demo._judge': ('demo.html#_judge', 'fastswa/demo.py'),
                               'fastswa.demo._parser': ('demo.html#_parser', 'fastswa/demo.py'),
                               'fastswa.demo._png': ('demo.html#_png', 'fastswa/demo.py'),

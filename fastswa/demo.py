@@ -163,7 +163,9 @@ def table(
     widths = [max(map(len, col)) for col in zip(*rows)]
     return '\n'.join('   '.join([row[0].ljust(widths[0]), *(o.rjust(w) for o,w in zip(row[1:],widths[1:]))]) for row in rows)
 
-# %% ../nbs/60_demo.ipynb #b6a65eca
+# %% ../nbs/60_demo.ipynb #687f755b
+def _fill(s): return textwrap.fill(s, 96)
+
 def _judge(runs, key, sign):
     "Who is better in one column"
     (name,unit,dec),(a,b) = _columns[key],([o.scores[key]*unit for o in _by_method(runs)[m]] for m in ('SWA','SGD'))
@@ -188,7 +190,7 @@ def verdict(
     few = len(swa[0].collected)
     if 0<few<8: notes.append(f'Only {few} snapshots were averaged; fewer than 8 can lose to SGD, more epochs give more.')
     if len(swa)<3: notes.append('Single seeds differ by as much as the methods do: --seeds gives more of them.')
-    return '\n'.join([*(o for _,o in judged), train, '', *(textwrap.fill(o, 96) for o in notes)])
+    return '\n'.join([*(o for _,o in judged), _fill(train), '', *map(_fill, notes)])
 
 # %% ../nbs/60_demo.ipynb #762a70f4
 def _style(ax, **kw):
@@ -269,14 +271,12 @@ def demo(
     out='fastswa_demo.png', # Where to write the picture
 )->list: # `Run`s
     "Train, print, draw"
-    print(f'Digits: 500 training pictures, 20% of their labels replaced by a wrong one (on purpose, by this demo), 1297 test pictures.\n'
-          f'SGD and SWA, {epochs} epochs each, {seeds} seed{"s"*(seeds>1)}.\n', flush=True)
+    print('Digits: 500 training pictures, 1297 test pictures. 20% of the training labels are replaced by a\n'
+          f'wrong one, on purpose, by this demo. SGD and SWA, {epochs} epochs each, {seeds} seed{"s"*(seeds>1)}.\n', flush=True)
     bar = ConsoleBar(2*seeds*epochs) if sys.stdout.isatty() else None
     runs = sum((run_seed(i, epochs, bar=bar) for i in range(seeds)), [])
-    print(table(runs), '', sep='\n')
-    if seeds>1: print('±: standard deviation over the seeds.', end=' ')
-    print('Training loss: pictures not shifted, labels as trained on, evaluation mode. Forward passes: per prediction.\n')
-    print(verdict(runs))
+    print(table(runs), '', _fill('± is the standard deviation over the seeds. '*(seeds>1) + 'Training loss: pictures not shifted, labels as trained on, '
+                                 'evaluation mode. Forward passes: for one prediction.'), '', verdict(runs), sep='\n')
     plot(runs, out)
     print(f'\nPicture: {out}')
     return runs
