@@ -219,7 +219,7 @@ class WeightAverage:
         if self.inside: yield model; return
         own = [p.data for p in self._params]
         try:
-            for p,a in zip(self._params,self._others): p.data = a.to(p.device, p.dtype)
+            for p,a in zip(self._params,self._others): p.data = a if (a.dtype,a.device)==(p.dtype,p.device) else a.to(p.device, p.dtype)
             yield model
         finally:
             for p,o in zip(self._params,own): p.data = o
