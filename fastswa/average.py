@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['unwrap', 'all_finite', 'WeightAverage']
 
-# %% ../nbs/00_average.ipynb #1345e39b
-import warnings
+# %% ../nbs/00_average.ipynb #33e7c28f
+import signal, threading, warnings
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +14,7 @@ from operator import is_
 
 import torch
 from torch import nn
+from fastcore.basics import patch
 
 # %% ../nbs/00_average.ipynb #6ea387c9
 def _wide(dtype):
@@ -144,6 +145,7 @@ class WeightAverage:
     and in place; `copy_to(other)` writes it into any model of the same architecture.
     One set of weights is held (plus at most 1 MB of scratch per kind of weight), and no update allocates memory.
     Raises ValueError for a model whose parameters are not those it was made for. Source: Izmailov et al. 2018, Algorithm 1."""
+    _kept = {} # while the mean is inside: the exact mean of half-precision weights, by index
     def __init__(self,
         model:nn.Module, # The model whose weights will be averaged; nothing is taken in yet
     ):
@@ -169,9 +171,12 @@ class WeightAverage:
     def _match(self, model):
         "The parameters of another model, in the order of `names`"
         named = _averaged(model)
-        diff = set(named)^set(self.names) or {k for k,a in zip(self.names,self._others) if named[k].shape!=a.shape}
-        if diff: raise ValueError(f'not the same architecture: {len(diff)} parameters differ in name or shape, such as {sorted(diff)[0]}')
+        self._same_names(named, 'not the same architecture')
         return [named[k] for k in self.names]
+
+    def _same_names(self, named, msg):
+        diff = set(named)^set(self.names) or {k for k,a in zip(self.names,self._others) if named[k].shape!=a.shape}
+        if diff: raise ValueError(f'{msg}: {len(diff)} parameters differ in name or shape, such as {sorted(diff)[0]}')
 
     def _follow(self):
         "Keep up with a model that was moved to another device, type or memory format; the plan reads its present addresses"
@@ -188,118 +193,146 @@ class WeightAverage:
     def _need(self):
         if self.n==0: raise RuntimeError('nothing has been averaged yet: call update(model) at least once')
 
-    @torch.no_grad()
-    def update(self,
-        model:nn.Module, # The model this average was made for, or another of the same architecture
-    ):
-        "Take the weights of `model` into the mean, as snapshot number `n+1`"
-        if self.inside: raise RuntimeError('the average is in the model now: restore(model) before going on')
-        if self._check(model):
-            if self._get_ptrs()!=self._ptrs: self._follow()
-            steps = self._steps
-        else: steps = _plan(self._others, self._match(model))
-        for f in steps: f(1/(self.n+1))
-        self.n += 1
+# %% ../nbs/00_average.ipynb #e92a64f7
+@patch
+@torch.no_grad()
+def update(self:WeightAverage,
+    model:nn.Module, # The model this average was made for, or another of the same architecture
+):
+    "Take the weights of `model` into the mean, as snapshot number `n+1`"
+    if self.inside: raise RuntimeError('the average is in the model now: restore(model) before going on')
+    if self._check(model):
+        if self._get_ptrs()!=self._ptrs: self._follow()
+        steps = self._steps
+    else: steps = _plan(self._others, self._match(model))
+    for f in steps: f(1/(self.n+1))
+    self.n += 1
 
-    @property
-    def average(self):
-        "The mean: tensors in the order of `names`, not copies"
-        if not self.inside: return self._others
-        self._still_inside()
-        return [self._kept.get(i, p.detach()) for i,p in enumerate(self._params)]
+@patch(as_prop=True)
+def average(self:WeightAverage):
+    "The mean: tensors in the order of `names`, not copies"
+    if not self.inside: return self._others
+    self._still_inside()
+    return [self._kept.get(i, p.detach()) for i,p in enumerate(self._params)]
 
-    @contextmanager
-    def swapped(self,
-        model:nn.Module, # The model this average was made for
-    ):
-        """Lend the mean to `model` inside a `with` block: pointers are exchanged, nothing is copied (half-precision weights
-        excepted: they get the mean rounded to their type). Whatever ends the block, the model has its own weights after it."""
-        self._need()
-        if not self._check(model): raise ValueError('swapped() lends the mean to the model it was made for: use copy_to(model) for another one')
-        if self.inside: yield model; return
-        own = [p.data for p in self._params]
-        try:
+# %% ../nbs/00_average.ipynb #c20ec15d
+@contextmanager
+def _uninterrupted():
+    "Ctrl-C waits for the end of the block: half an exchange would be worse than none"
+    if threading.current_thread() is not threading.main_thread(): yield; return   # signals come to the main thread only
+    came,old = [],signal.getsignal(signal.SIGINT)
+    if not callable(old): yield; return
+    signal.signal(signal.SIGINT, lambda *args: came.append(args))
+    try: yield
+    finally: signal.signal(signal.SIGINT, old)
+    if came: old(*came[0])
+
+# %% ../nbs/00_average.ipynb #64509fde
+@patch
+@contextmanager
+def swapped(self:WeightAverage,
+    model:nn.Module, # The model this average was made for
+):
+    """Lend the mean to `model` inside a `with` block: pointers are exchanged, nothing is copied (half-precision weights
+    excepted: they get the mean rounded to their type). Whatever ends the block, the model has its own weights after it."""
+    self._need()
+    if not self._check(model): raise ValueError('swapped() lends the mean to the model it was made for: use copy_to(model) for another one')
+    if self.inside: yield model; return
+    own = [p.data for p in self._params]
+    try:
+        with _uninterrupted():
             for p,a in zip(self._params,self._others): p.data = a if (a.dtype,a.device)==(p.dtype,p.device) else a.to(p.device, p.dtype)
-            yield model
-        finally:
+        yield model
+    finally:
+        with _uninterrupted():
             for p,o in zip(self._params,own): p.data = o
 
-    @torch.no_grad()
-    def copy_to(self,
-        model:nn.Module, # Any model with parameters of the same names and shapes
-    )->nn.Module: # The same model
-        "Write the mean into `model`, rounded to its types; its buffers are left alone"
-        self._need()
-        for p,a in zip(self._match(model), self.average): p.copy_(a)
-        return model
+# %% ../nbs/00_average.ipynb #854ecaae
+@patch
+@torch.no_grad()
+def _exchange(self:WeightAverage):
+    "Model and mean exchange values in place, a chunk at a time"
+    if self._get_layout()!=self._layout: self._follow()
+    seen = set()
+    for i,(p,a) in enumerate(zip(self._params,self._others)):
+        if (p.data_ptr(),p.shape) in seen: continue   # weights tied by their memory: exchanged once
+        seen.add((p.data_ptr(),p.shape))
+        if i in self._kept: p.copy_(a); self._others[i] = self._kept.pop(i)
+        elif p.dtype!=a.dtype:      # the exact mean is kept too: once rounded it would not come back
+            self._others[i],self._kept[i] = p.detach().clone(),a
+            p.copy_(a)
+        elif _is_dense(p) and p.stride()==a.stride():
+            for x,y in zip(_flat(p).split(_CHUNK), _flat(a).split(_CHUNK)):
+                tmp = x.clone(); x.copy_(y); y.copy_(tmp)
+        else: tmp = p.detach().clone(); p.copy_(a); a.copy_(tmp)
 
-    @torch.no_grad()
-    def _exchange(self):
-        "Model and mean exchange values in place, a chunk at a time"
-        if self._get_layout()!=self._layout: self._follow()
-        seen = set()
-        for i,(p,a) in enumerate(zip(self._params,self._others)):
-            if (p.data_ptr(),p.shape) in seen: continue   # weights tied by their memory: exchanged once
-            seen.add((p.data_ptr(),p.shape))
-            if i in self._kept: p.copy_(a); self._others[i] = self._kept.pop(i)
-            elif p.dtype!=a.dtype:      # the exact mean is kept too: once rounded it would not come back
-                self._others[i],self._kept[i] = p.detach().clone(),a
-                p.copy_(a)
-            elif _is_dense(p) and p.stride()==a.stride():
-                for x,y in zip(_flat(p).split(_CHUNK), _flat(a).split(_CHUNK)):
-                    tmp = x.clone(); x.copy_(y); y.copy_(tmp)
-            else: tmp = p.detach().clone(); p.copy_(a); a.copy_(tmp)
+# %% ../nbs/00_average.ipynb #9e2a0dfd
+@patch
+def _still_inside(self:WeightAverage):
+    if _checksum(self._params)!=self._sum:
+        raise RuntimeError(f'the mean of {self.n} snapshots was put into the model, and the model has changed since (trained on, or another file '
+                           'loaded): the mean is gone. Save it, or take it out with restore(), before training on.')
 
-    _kept = {} # while inside: the exact mean of half-precision weights, by index
-
-    def _still_inside(self):
-        if _checksum(self._params)!=self._sum:
-            raise RuntimeError(f'the mean of {self.n} snapshots was put into the model, and the model has changed since (trained on, or another file '
-                               'loaded): the mean is gone. Save it, or take it out with restore(), before training on.')
-
-    def apply(self,
-        model:nn.Module, # The model this average was made for
-    ):
-        "Put the mean into `model` for good, in place; the weights it replaces are kept for `restore`. A second call does nothing"
-        self._need()
-        if not self._check(model): raise ValueError('apply() exchanges with the model this average was made for: use copy_to(model) for another one')
-        if self.inside: return self._still_inside()
-        self._kept = {}
+@patch
+def apply(self:WeightAverage,
+    model:nn.Module, # The model this average was made for
+):
+    "Put the mean into `model` for good, in place; the weights it replaces are kept for `restore`. A second call does nothing"
+    self._need()
+    if not self._check(model): raise ValueError('apply() exchanges with the model this average was made for: use copy_to(model) for another one')
+    if self.inside: return self._still_inside()
+    self._kept = {}
+    with _uninterrupted():
         self._exchange()
         self.inside,self._sum = True,_checksum(self._params)
 
-    def restore(self,
-        model:nn.Module, # The model this average was made for
-    ):
-        "Give `model` back the weights that `apply` replaced; without an `apply` before, nothing happens"
-        if not self.inside: return
-        if not self._check(model): raise ValueError('restore() works on the model that apply() changed')
-        lost = _checksum(self._params)!=self._sum
+@patch
+def restore(self:WeightAverage,
+    model:nn.Module, # The model this average was made for
+):
+    "Give `model` back the weights that `apply` replaced; without an `apply` before, nothing happens"
+    if not self.inside: return
+    if not self._check(model): raise ValueError('restore() works on the model that apply() changed')
+    lost = _checksum(self._params)!=self._sum
+    with _uninterrupted():
         self._exchange()
         self.inside = False
-        if lost:
-            warnings.warn(f'the model was changed after the mean of {self.n} snapshots was put into it: its own weights are back, the mean is gone')
-            self.n = 0
+    if lost:
+        warnings.warn(f'the model was changed after the mean of {self.n} snapshots was put into it: its own weights are back, the mean is gone')
+        self.n = 0
 
-    def refresh_mark(self,
-        n:int=None, # Snapshots in the mean that the model holds now; None: as many as before
-    ):
-        "Say that what the applied model holds now is the mean (another one was loaded into it, for instance)"
-        if self.inside: self._sum,self.n = _checksum(self._params),self.n if n is None else n
+@patch
+def refresh_mark(self:WeightAverage,
+    n:int=None, # Snapshots in the mean that the model holds now; None: as many as before
+):
+    "Say that what the applied model holds now is the mean (another one was loaded into it, for instance)"
+    if self.inside: self._sum,self.n = _checksum(self._params),self.n if n is None else n
 
-    def state_dict(self)->dict:
-        "The count and the mean by parameter name; tensors, not copies"
-        return dict(n=self.n, average=dict(zip(self.names, self.average)) if self.n else {})
+# %% ../nbs/00_average.ipynb #f73b291b
+@patch
+@torch.no_grad()
+def copy_to(self:WeightAverage,
+    model:nn.Module, # Any model with parameters of the same names and shapes
+)->nn.Module: # The same model
+    "Write the mean into `model`, rounded to its types; its buffers are left alone"
+    self._need()
+    for p,a in zip(self._match(model), self.average): p.copy_(a)
+    return model
 
-    @torch.no_grad()
-    def load_state_dict(self,
-        state:dict, # From `state_dict`, perhaps of another process
-    ):
-        "Go on from a saved mean. Raises ValueError if its names or shapes are not this model's"
-        if self.inside: raise RuntimeError('the average is in the model now: restore(model) before loading another')
-        avg = state['average']
-        if state['n']:
-            diff = set(avg)^set(self.names) or {k for k,a in zip(self.names,self._others) if avg[k].shape!=a.shape}
-            if diff: raise ValueError(f'the saved average is of another architecture: {len(diff)} parameters differ in name or shape, such as {sorted(diff)[0]}')
-            for k,a in zip(self.names,self._others): a.copy_(avg[k])
-        self.n = state['n']
+# %% ../nbs/00_average.ipynb #6850b5fe
+@patch
+def state_dict(self:WeightAverage)->dict:
+    "The count and the mean by parameter name; tensors, not copies"
+    return dict(n=self.n, average=dict(zip(self.names, self.average)) if self.n else {})
+
+@patch
+@torch.no_grad()
+def load_state_dict(self:WeightAverage,
+    state:dict, # From `state_dict`, perhaps of another process
+):
+    "Go on from a saved mean. Raises ValueError if its names or shapes are not this model's"
+    if self.inside: raise RuntimeError('the average is in the model now: restore(model) before loading another')
+    if state['n']:
+        self._same_names(state['average'], 'the saved average is of another architecture')
+        for k,a in zip(self.names,self._others): a.copy_(state['average'][k])
+    self.n = state['n']

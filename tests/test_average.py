@@ -1,10 +1,11 @@
 "Promises 3, 8 and 10 of the running mean: exact, in place, one copy, safe against interrupts and changed models"
-import copy, gc, weakref
+import copy, gc, signal, threading, weakref
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from fastswa import average
 from fastswa.average import WeightAverage, all_finite, unwrap
 
 torch.manual_seed(0)
@@ -255,3 +256,34 @@ def test_old_style_weight_norm_and_no_reference_kept():
     assert torch.equal(m(x), y)
     r = weakref.ref(m); del m,avg; gc.collect()
     assert r() is None
+
+@pytest.mark.parametrize('what', ['apply','restore','swapped'])
+def test_interrupted_in_the_middle_of_an_exchange(what, monkeypatch):
+    "Ctrl-C while tensors are changing hands: all of them are on one side afterwards"
+    m = cnn()
+    avg = WeightAverage(m); avg.update(m); walk(m)
+    own,mean = [p.detach().clone() for p in m.parameters()],[a.clone() for a in avg.average]
+    if what=='restore': avg.apply(m)
+    calls,dense = [],average._is_dense
+    def ctrl_c(t):
+        calls.append(1)
+        if len(calls)==2: signal.raise_signal(signal.SIGINT)
+        return dense(t)
+    monkeypatch.setattr(average, '_is_dense', ctrl_c)
+    if what=='swapped':      # the signal comes with the second pointer
+        data = torch.Tensor.data
+        def set_data(self, v): ctrl_c(v); data.__set__(self, v)
+        monkeypatch.setattr(nn.Parameter, 'data', property(data.__get__, set_data), raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        if what=='swapped':
+            with avg.swapped(m): raise AssertionError('the interrupt comes before the block')
+        else: getattr(avg, what)(m)
+    monkeypatch.undo()
+    want = mean if what=='apply' else own
+    assert all(torch.equal(p,w) for p,w in zip(m.parameters(),want)) and avg.inside==(what=='apply') and len(calls)>2
+    assert all(torch.equal(a,w) for a,w in zip(avg.average,mean))
+
+def test_other_threads_need_no_signals():
+    m = cnn(); avg = WeightAverage(m); avg.update(m); walk(m); res = []
+    t = threading.Thread(target=lambda: (avg.apply(m), res.append(avg.inside))); t.start(); t.join()
+    assert res==[True]
