@@ -129,12 +129,20 @@ def _checksum(ts):
     ints = {1:torch.int8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
     return sum(_real(t.detach()).contiguous().view(ints[_real(t).dtype.itemsize]).sum(dtype=torch.int64) for t in ts if t.numel()).item()
 
+def _by_kind(ts):
+    groups = defaultdict(list)
+    for t in ts: groups[t.dtype,t.device].append(t)
+    return groups.values()
+
 def all_finite(
     tensors, # Tensors, floating point or complex
 )->bool: # False if any value is infinite or not a number
     "Whether every value is a number, found without a temporary of the tensors' size"
-    oks = [torch.stack(_real(t.detach()).aminmax()).isfinite().all() for t in tensors if t.numel()]
-    return bool(torch.stack([o.to(oks[0].device) for o in oks]).all()) if oks else True   # one wait for the device, not one per tensor
+    ts = [_real(t.detach()) for t in tensors if t.numel()]
+    tiny,plain,narrow = _sort(ts)
+    ts = [torch.cat([ts[i].reshape(-1) for i in idxs]) for idxs in tiny]+[ts[i] for i in [*sum(plain,[]), *narrow]]
+    ends = [o for t in ts for o in t.aminmax()]
+    return all(bool(torch.stack(g).isfinite().all()) for g in _by_kind(ends))     # one wait for each device and type, not one for each tensor
 
 # %% ../nbs/00_average.ipynb #c8e81079
 class WeightAverage:
@@ -165,7 +173,7 @@ class WeightAverage:
         if unwrap(model) is not self._model: return False
         if not self._parts.same():
             raise ValueError('parameters or layers of the model were replaced since the average was made (a new head? a conversion?): '
-                             'the old and the new do not have a mean. Make a new WeightAverage(model) after changing the model.')
+                             'the old and the new do not have a mean. Make a new WeightAverage(model), or begin a new fit, after changing the model.')
         return True
 
     def _match(self, model):
@@ -268,8 +276,13 @@ def _exchange(self:WeightAverage):
 
 # %% ../nbs/00_average.ipynb #9e2a0dfd
 @patch
+def is_inside(self:WeightAverage)->bool: # False before `apply`, and if the model was changed after it
+    "Whether the model holds the mean now"
+    return self.inside and _checksum(self._params)==self._sum
+
+@patch
 def _still_inside(self:WeightAverage):
-    if _checksum(self._params)!=self._sum:
+    if not self.is_inside():
         raise RuntimeError(f'the mean of {self.n} snapshots was put into the model, and the model has changed since (trained on, or another file '
                            'loaded): the mean is gone. Save it, or take it out with restore(), before training on.')
 
@@ -293,7 +306,7 @@ def restore(self:WeightAverage,
     "Give `model` back the weights that `apply` replaced; without an `apply` before, nothing happens"
     if not self.inside: return
     if not self._check(model): raise ValueError('restore() works on the model that apply() changed')
-    lost = _checksum(self._params)!=self._sum
+    lost = not self.is_inside()
     with _uninterrupted():
         self._exchange()
         self.inside = False
@@ -302,11 +315,10 @@ def restore(self:WeightAverage,
         self.n = 0
 
 @patch
-def refresh_mark(self:WeightAverage,
-    n:int=None, # Snapshots in the mean that the model holds now; None: as many as before
-):
-    "Say that what the applied model holds now is the mean (another one was loaded into it, for instance)"
-    if self.inside: self._sum,self.n = _checksum(self._params),self.n if n is None else n
+def _adopt(self:WeightAverage, n):
+    "What has been loaded into the model since `apply` is the mean from now on, that of `n` snapshots"
+    for i in self._kept: self._kept[i].copy_(self._params[i].detach())
+    self._sum,self.n = _checksum(self._params),n
 
 # %% ../nbs/00_average.ipynb #f73b291b
 @patch

@@ -7,8 +7,9 @@ __all__ = ['SWA']
 
 # %% ../nbs/30_callback.ipynb #e865350c
 import inspect, math, os, sys, warnings
+from numbers import Real
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +24,19 @@ from fastai.learner import AvgLoss, Learner, ValueMetric
 from fastai.torch_core import get_model, rank_distrib
 
 from .average import WeightAverage, all_finite, unwrap
-from .batchnorm import BNStats, _cancels, _n_batches, bn_layers, learner_stats, side_pass
+from .batchnorm import BNStats, _cancels, _n_batches, bn_layers, learner_stats, side_pass, trained_layers
 from .schedule import Cycles, _is_int, _check_cycles, _check_lr, cycle_lr, draw_sched, group_lrs, sched_authors, swa_cycles
 
 # %% ../nbs/30_callback.ipynb #00ba0aee
 class _SWARefresh(Callback):
     "Before anything else dismantles the fit: measure BatchNorm statistics for the average"
-    order,remove_on_fetch = -60,True
+    order = -60
     def __init__(self, swa): self.swa_ = swa
     def after_fit(self): self.swa_._finish()
 
 class _SWAInstall(Callback):
     "After everything else, SaveModel's loading of its best weights included: put the average into the model"
-    order,remove_on_fetch = 90,True
+    order = 90
     def __init__(self, swa): self.swa_ = swa
     def after_fit(self): self.swa_._install()
 
@@ -53,15 +54,12 @@ class _Meter(Callback):
         vals = [m.value for m in self.mets]
         return [math.nan if v is None else v.item() if hasattr(v, 'item') else v for v in vals]
 
-# %% ../nbs/30_callback.ipynb #2dccefbc
-def _in_frozen_phase(learn):
-    "Whether this fit is the first one of a `fine_tune`, which trains the new head only"
-    if not getattr(learn.opt, 'frozen_idx', 0): return False
+# %% ../nbs/30_callback.ipynb #6a644750
+def _fine_tuning():
+    "The call of `fine_tune` that this fit is part of, or None"
     code,f = inspect.unwrap(Learner.fine_tune).__code__,sys._getframe()
-    while f is not None:
-        if f.f_code is code: return True
-        f = f.f_back
-    return False
+    while f is not None and f.f_code is not code: f = f.f_back
+    return f
 
 def _check_sched(sched):
     try: ok = callable(sched) and np.isfinite(float(sched(1., .1)(.5)))
@@ -78,10 +76,10 @@ class SWA(Callback):
     start of a fit for a `cycle_len` that doesn't fit into it or a list of another length than there are parameter groups.
     Source: Izmailov et al. 2018, Algorithm 1."""
     order,run_valid,remove_on_fetch = 55,False,True
-    _stateattrs = ('_avg','_bn','_own_bn','_layers','_state','_lrs','_saved')
+    _stateattrs = ('_avg','_bn','_own_bn','_layers','_loaded','_lrs','_saved','_tuning','collected')
     # What a fit sets has its default here: a missing attribute would be looked up in the learner and then in the model
-    _learn,_helpers,_armed,_active,_resumed = None,(),False,False,False
-    _avg,_bn,_own_bn,_layers,_state = None,None,None,[],None   # the mean; its statistics; those of the weights it replaced; layers that trained
+    _learn,_helpers,_armed,_active,_tuning = None,(),False,False,None
+    _avg,_bn,_own_bn,_layers,_loaded = None,None,None,None,None    # the mean; its statistics; those of the weights it replaced; layers that trained; a state
     _epoch,_done,_pending,_cycles,_names = -1,0,[],None,[]
     _peaks,_lo,_hi,_moms,_lrs,_skipped = None,None,None,None,[],0
     _value_now,_moved,_told,_saved = False,False,set(),{}
@@ -101,12 +99,13 @@ class SWA(Callback):
         if swa_lr_max is not None:
             _check_lr('swa_lr_max', swa_lr_max)
             if swa_lr is False: raise ValueError("swa_lr_max has no use with swa_lr=False, which leaves the fit's own schedule alone: give swa_lr a learning rate")
-            if isinstance(swa_lr, float) and isinstance(swa_lr_max, float) and swa_lr_max<swa_lr:
+            if isinstance(swa_lr, Real) and isinstance(swa_lr_max, Real) and swa_lr_max<swa_lr:
                 raise ValueError(f'swa_lr_max={swa_lr_max} is below swa_lr={swa_lr}: a cycle begins at swa_lr_max and falls to swa_lr, swap them')
         _check_sched(sched)
         if not _is_int(eval_every): raise TypeError(f'eval_every={eval_every!r}: give a whole number of epochs, 0 for no evaluation')
         if eval_every<0: raise ValueError(f'eval_every={eval_every}: give a number of epochs, 0 for no evaluation')
         _n_batches(bn_batches, 'bn_batches')
+        if save_to is not None and not isinstance(save_to, (str,os.PathLike)): raise TypeError(f'save_to={save_to!r}: give the path of a file, or None')
         self.start,self.swa_lr,self.cycle_len,self.swa_lr_max,self.sched = start,swa_lr,cycle_len,swa_lr_max,sched
         self.eval_every,self.bn_batches,self.save_to = eval_every,bn_batches,save_to
         self._helpers = _SWARefresh(self),_SWAInstall(self)
@@ -118,36 +117,54 @@ class SWA(Callback):
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):
-        old,self._learn = self._learn,learn
-        if old is learn: return
-        if old is not None: old.remove_cbs(self._helpers)
+        old = self._learn
+        if learn is not None and old is learn: raise ValueError('this SWA is attached to the learner already: do not pass it to fit as well')
+        if learn is not None and old is not None: old.remove_cb(self)        # it moves from one learner to another
+        elif old is not None: old.remove_cbs(self._helpers)
+        self._learn = learn
         if learn is not None: learn.add_cbs(self._helpers)
 
     @property
     def n_averaged(self)->int:
         "Number of snapshots in the average"
-        return self._avg.n if self._avg is not None else self._state['n'] if self._state else 0
+        return self._avg.n if self._avg is not None else self._loaded['n'] if self._loaded else 0
 
     def _once(self, key, msg):
-        if key not in self._told: self._told.add(key); warnings.warn(msg)
+        if key in self._told: return
+        self._told.add(key)
+        warnings.warn_explicit(msg, UserWarning, 'fastswa/callback.py', 0, registry={})   # once in each fit: Python's own register would say once in each process
 
 # %% ../nbs/30_callback.ipynb #ffebe470
 @patch
 def before_fit(self:SWA):
-    self._add_columns()
+    is_fit = not (self.learn.lock.locked() or self.learn._grab_cbs(LRFinder) or hasattr(self.learn, 'gather_preds'))
+    is_first = is_fit and self._first_of_fine_tune()
+    self._add_columns(on=not is_first)
     if self.learn.lock.locked(): return       # validate or get_preds, perhaps inside a fit: not ours
     self._armed,self._active,self._epoch,self._told,self._value_now,self._moved = False,False,-1,set(),False,False
-    if self.learn._grab_cbs(LRFinder) or hasattr(self.learn, 'gather_preds'): return
+    if not is_fit: return
     if len(self.learn._grab_cbs(SWA))>1:
         raise ValueError('this learner has two SWA callbacks, and only one average can end up in the model: remove one (learn.remove_cb)')
-    for cb in self._trackers(missing=True):
-        raise ValueError(f"{type(cb).__name__} monitors '{cb.monitor}', a column this fit does not have: use SWA(eval_every=1), and names among {self._names or ['swa_loss']}")
+    for cb in self._trackers('swa_'): cb.run = not is_first       # a fit that was interrupted may have left it off
+    if is_first: return
+    for cb in self._trackers('swa_'):
+        if cb.monitor not in self._names:
+            raise ValueError(f"{type(cb).__name__} monitors '{cb.monitor}', a column this fit does not have: "
+                             + (f'choose among {self._names}' if self._names else 'use SWA(eval_every=1)'))
     self._armed = True                        # not yet active: tta begins like a fit, but never trains
 
 @patch
-def _add_columns(self:SWA):
+def _first_of_fine_tune(self:SWA):
+    "Whether this is the first of the two fits of a `fine_tune`, the one with a frozen body. Averaging starts with the second"
+    f = _fine_tuning()
+    first = f is not None and f is not self._tuning
+    self._tuning = f if first else None
+    return first
+
+@patch
+def _add_columns(self:SWA, on):
     rec = getattr(self.learn, 'recorder', None)
-    on = self.eval_every and rec is not None and rec.valid_metrics
+    on = on and self.eval_every and rec is not None and rec.valid_metrics
     self._names = ['swa_loss', *(f'swa_{m.name}' for m in self._metrics())] if on else []
     if not on: return
     names = [o for o in rec.metric_names if o not in self._names]
@@ -158,9 +175,9 @@ def _add_columns(self:SWA):
 def _metrics(self:SWA): return [m for m in self.learn.metrics if not isinstance(m, ValueMetric)]   # those do not depend on the model
 
 @patch
-def _trackers(self:SWA, missing=False):
-    "Trackers that watch a column of ours (or one that looks like it, but is `missing`)"
-    return [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.monitor.startswith('swa_') and (cb.monitor in self._names)!=missing]
+def _trackers(self:SWA, prefix):
+    "Trackers that watch a column whose name begins so"
+    return [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.monitor.startswith(prefix)]
 
 # %% ../nbs/30_callback.ipynb #088e0cec
 @patch
@@ -172,98 +189,128 @@ def before_epoch(self:SWA):
 @patch
 def before_train(self:SWA):
     if not self._armed or self.learn.lock.locked(): return
-    n_iter = len(self.learn.dls.train)
-    if not self._active: self._begin(n_iter)
-    if not self._active: return
-    self._done = self._epoch*n_iter
+    if not self._active: self._begin(len(self.learn.dls.train))
+    self._done = self._epoch*self._cycles.n_iter
     self._pending = [o for o in self._cycles.ends if o>self._done]
 
 # %% ../nbs/30_callback.ipynb #c09138b1
 @patch
 def _begin(self:SWA, n_iter):
     "The first training of this fit: now it is one"
-    if _in_frozen_phase(self.learn): self._armed = False; return     # averaging starts afresh when fine_tune has unfrozen the model
     self._cycles = swa_cycles(self.learn.n_epoch, n_iter, self.start, self.cycle_len)
-    n_groups = len(self.learn.opt.hypers)
-    for name in ('swa_lr','swa_lr_max'):
-        if getattr(self,name) is not False: group_lrs(getattr(self,name), [1.]*n_groups, name)
-    self._resume_or_reset()
-    self._lrs,self._skipped,self._saved = [],self._epoch*n_iter,{}
+    self._check_rates(len(self.learn.opt.hypers))
+    self._resume_or_reset(unwrap(self.learn.model))
+    self._lrs,self._skipped,self._saved,self._layers = [],self._epoch*n_iter,{},None
     self._lo = self._hi = self._moms = None
     self._active = True
     if not self._cycles.ends:
-        self._once('never', f'SWA(start={self.start!r}) will never start, this fit has {self.learn.n_epoch} epochs: nothing is averaged. '
-                            'A share such as start=0.75 fits every length.')
-    elif self.swa_lr is not False:
-        if self.learn._grab_cbs(ReduceLROnPlateau):
-            self._once('plateau', f'SWA sets the learning rate from iteration {self._cycles.begin} on, ReduceLROnPlateau has no effect there: use SWA(swa_lr=False) to leave it in charge')
-    else: self._check_annealing()
+        why = f'this fit has {self.learn.n_epoch} epochs' if n_iter else 'the training DataLoader has no batch (fewer items than a batch, and drop_last?)'
+        self._once('never', f'SWA(start={self.start!r}) will never start, {why}: nothing is averaged. ' + ('A share such as start=0.75 fits every length.' if n_iter else ''))
+    elif self.swa_lr is False: self._check_annealing()
+    elif self.learn._grab_cbs(ReduceLROnPlateau):
+        self._once('plateau', f'SWA sets the learning rate from iteration {self._cycles.begin} on, ReduceLROnPlateau has no effect there: use SWA(swa_lr=False) to leave it in charge')
+
+@patch
+def _check_rates(self:SWA, n_groups):
+    "Whether the learning rates given suit the parameter groups, while there is nothing to lose yet"
+    if self.swa_lr is False: return
+    lo,hi = (group_lrs(getattr(self,o), [1.]*n_groups, o) for o in ('swa_lr','swa_lr_max'))
+    if self.swa_lr is not None and self.swa_lr_max is not None and (hi<lo).any():
+        raise ValueError(f'swa_lr_max={self.swa_lr_max} is below swa_lr={self.swa_lr}: a cycle begins at swa_lr_max and falls to swa_lr, swap them')
 
 # %% ../nbs/30_callback.ipynb #cee2b598
 @patch
-def _resume_or_reset(self:SWA):
-    model = unwrap(self.learn.model)
-    if self._state is not None:                       # loaded: go on from it
-        self._avg,self._peaks = WeightAverage(model),np.array(self._state['peaks']) if self._state['peaks'] else None
-        self._avg.load_state_dict(self._state)
-        self.collected,self._state,self._bn = list(self._state['collected']),None,None
-    elif self._epoch>0 and self._avg is not None and self._avg._model is model:   # start_epoch: go on from where the walk was
-        if self._avg.inside: self.restore(self.learn)
-    else: self._avg,self._bn,self._own_bn,self._peaks,self.collected = None,None,None,None,[]
+def _resume_or_reset(self:SWA, model):
+    "A state that was loaded is continued, and so is the average of a fit that goes on with `start_epoch`; else a new one begins"
+    if self._loaded is not None: return self._use_loaded(model)
+    if self._epoch>0 and self._avg is not None and self._avg._model is model:
+        if not self._avg.inside or self._avg.is_inside(): return self.restore(self.learn) if self._avg.inside else None
+        self._once('lost', f'the model was changed after the average of {self.n_averaged} snapshots had been put into it: that average is gone, a new one begins')
+    self._avg,self._bn,self._own_bn,self._peaks,self.collected = None,None,None,None,[]
 
 @patch
+def _use_loaded(self:SWA, model):
+    "Make an average for `model` out of the state that was loaded"
+    state,avg = self._loaded,WeightAverage(model)
+    avg.load_state_dict(state)
+    layers = None if state['layers'] is None else [model.get_submodule(k) for k in state['layers']]
+    bn = None if state['bn'] is None else {model.get_submodule(k):v for k,v in state['bn'].items()}
+    stats = lambda i: [v[i].to(m.running_mean.device) for m,v in bn.items()]
+    self._avg,self._layers,self._bn = avg,layers,None if bn is None else BNStats(list(bn), stats(0), stats(1))
+    self._peaks = None if state['peaks'] is None else np.array(state['peaks'])
+    self.collected,self._loaded = list(state['collected']),None
+
+# %% ../nbs/30_callback.ipynb #47e21099
+@patch
 def _check_annealing(self:SWA):
+    vals = self._scheduled()
+    if vals and vals[-1]<max(vals)/100: self._warn_annealing()
+
+@patch
+def _scheduled(self:SWA):
+    "Highest learning rate of the groups at 51 places of a scheduled fit; nothing where no schedule is known"
     sched = next((cb.scheds['lr'] for cb in self.learn._grab_cbs(ParamScheduler) if 'lr' in cb.scheds), None)
-    if sched is None: return
-    vals = [float(np.max(sched(p))) for p in np.linspace(0, 1, 51)]
-    if vals[-1]<max(vals)/100: self._warn_annealing()
+    return [] if sched is None else [float(np.max(sched(p))) for p in np.linspace(0, 1, 51)]
 
 @patch
 def _warn_annealing(self:SWA):
     self._once('anneal', "the fit's own schedule anneals the learning rate to almost nothing while SWA averages (swa_lr=False): the mean of an annealing "
                          'tail tends to be worse than its last weights. Use SWA(swa_lr=None), which holds half of the highest rate.')
 
-# %% ../nbs/30_callback.ipynb #47e21099
+# %% ../nbs/30_callback.ipynb #278299f4
 @patch
 def after_pred(self:SWA):
-    "The last event before the step, and after every scheduler"
+    "Set this iteration's learning rate, after every scheduler and before the step"
     if not self._active: return
-    opt,it = self.learn.opt,self._done
+    opt,it = self.learn.opt,min(self._done, (self._epoch+1)*self._cycles.n_iter-1)
     if it<=self._cycles.begin or self._peaks is None:
         lrs = np.array([h['lr'] for h in opt.hypers], dtype=float)
         self._peaks = lrs if self._peaks is None or len(self._peaks)!=len(lrs) else np.maximum(self._peaks, lrs)
     pos = self._cycles.pos(it)
     if pos is None or self.swa_lr is False: return
-    if self._lo is None:
-        self._lo = group_lrs(self.swa_lr, self._peaks)
-        self._hi = None if self.swa_lr_max is None else group_lrs(self.swa_lr_max, self._peaks, 'swa_lr_max')
-        self._moms = [h['mom'] for h in opt.hypers] if 'mom' in opt.hypers[0] else None
-    opt.set_hyper('lr', [float(o) for o in cycle_lr(pos, self._lo, self._hi, self.sched)])
+    if self._lo is None: self._hold(opt)
+    with np.errstate(invalid='ignore', divide='ignore'): lrs = cycle_lr(pos, self._lo, self._hi, self.sched)
+    # an exponential shape from 0 to 0 is no number; a group that doesn't train goes on so
+    opt.set_hyper('lr', [float(o) if h or l else 0. for o,l,h in zip(lrs, self._lo, self._lo if self._hi is None else self._hi)])
     if self._moms is not None: opt.set_hyper('mom', self._moms)     # a momentum that went on following 1cycle would not fit a rate that doesn't
 
-# %% ../nbs/30_callback.ipynb #278299f4
+@patch
+def _hold(self:SWA, opt):
+    "The rates of all cycles to come"
+    self._lo = group_lrs(self.swa_lr, self._peaks)
+    self._hi = None if self.swa_lr_max is None else group_lrs(self.swa_lr_max, self._peaks, 'swa_lr_max')
+    self._moms = [h['mom'] for h in opt.hypers] if 'mom' in opt.hypers[0] else None
+    top = max(self._scheduled(), default=0.)
+    if self._lo.max()==0: self._once('zero', 'the learning rate is 0 while SWA averages: the weights do not move, and there is nothing to average. Give swa_lr, or a later start')
+    elif self.swa_lr is None and self._peaks.max()<top/2:
+        self._once('warmup', f'averaging begins while the schedule is still warming up: the rate has reached {self._peaks.max():.2g} of {top:.2g}, and SWA holds half of it. Give swa_lr, or a later start')
+    if self._hi is not None and (self._hi<self._lo).any():
+        self._once('rising', f'swa_lr_max={self.swa_lr_max} is below the rate that swa_lr={self.swa_lr} means here ({self._lo.max():.2g}): the rate rises within each cycle')
+
+# %% ../nbs/30_callback.ipynb #07d830d1
 @patch
 def after_batch(self:SWA):
     if not self._active: return
-    self._done += 1
     self._moved = True
-    self._lrs.append(self.learn.opt.hypers[-1]['lr'])
+    if self._done<(self._epoch+1)*self._cycles.n_iter:      # an epoch that has grown since the beginning of the fit ends where it was planned to
+        self._done += 1
+        self._lrs.append(self.learn.opt.hypers[-1]['lr'])
     if self._pending and self._done>=self._pending[0] and self._done%self._cycles.n_iter: self._collect()
 
 @patch
 def after_train(self:SWA):
     if not self._active or self.learn.lock.locked(): return
-    self._layers = bn_layers(get_model(self.learn.model))           # layers that somebody froze are in evaluation mode now
     self._done = (self._epoch+1)*self._cycles.n_iter                # also where the epoch was cut short
+    self._lrs += [math.nan]*(self._done-self._skipped-len(self._lrs))
     if self._pending and self._pending[0]<=self._done: self._collect()
 
-# %% ../nbs/30_callback.ipynb #07d830d1
+# %% ../nbs/30_callback.ipynb #0d271023
 @patch
 def _collect(self:SWA):
     self._pending = [o for o in self._pending if o>self._done]
     if not self._moved: return                                      # an epoch that was cancelled before its first batch
-    self._moved = False
-    model = unwrap(self.learn.model)
+    self._moved,model = False,unwrap(self.learn.model)
+    self._layers = bn_layers(model)                                 # layers that somebody froze are in evaluation mode now
     if self._avg is None: self._avg = WeightAverage(model)
     if not all_finite(model.parameters()):
         self._once('finite', f'the weights are not finite after {self._done} iterations (the training diverged?): such snapshots are left out of the average')
@@ -274,7 +321,7 @@ def _collect(self:SWA):
     self.collected = [*self.collected, self._done]
     if self.save_to is not None: self.save(self.save_to)
 
-# %% ../nbs/30_callback.ipynb #0d271023
+# %% ../nbs/30_callback.ipynb #3349f376
 @patch
 def _stats(self:SWA):
     "BatchNorm statistics of the average, which the model holds now"
@@ -295,20 +342,27 @@ def after_validate(self:SWA):
     self._value_now = due and self.n_averaged>0
     self.learn.recorder.log += self._evaluate() if self._value_now else [math.nan]*len(self._names)
 
+def _own_copy(metric):
+    "The Recorder has read the metric already, so one that cannot be copied may serve itself"
+    for f in (deepcopy, copy):
+        try: return f(metric)
+        except Exception: pass
+    return metric
+
 @patch
 def _evaluate(self:SWA):
-    meter = _Meter([AvgLoss(), *deepcopy(self._metrics())])
+    meter = _Meter([AvgLoss(), *map(_own_copy, self._metrics())])
     with self._lent(), side_pass(self.learn, self.learn.dls.valid, [meter]) as learn, torch.no_grad():
         try: learn._with_events(learn.all_batches, 'validate', CancelValidException)
         except _cancels: pass
         return meter.values()
 
-# %% ../nbs/30_callback.ipynb #3349f376
+# %% ../nbs/30_callback.ipynb #f8479296
 @patch
 def after_epoch(self:SWA):
     "Trackers of our columns wait while these have no value; SaveModel gets the average to save, as that is what was scored"
     if not self._active or self.learn.lock.locked(): return
-    for cb in self._trackers():
+    for cb in self._trackers('swa_'):
         if not isinstance(cb, SaveModelCallback): cb.run = self._value_now; continue
         cb.run = False
         if not self._value_now and not cb.every_epoch: continue
@@ -316,12 +370,12 @@ def after_epoch(self:SWA):
             with self._lent(): cb.after_epoch()
         if getattr(cb, 'new_best', False): self._saved[cb] = self.n_averaged
 
-# %% ../nbs/30_callback.ipynb #f8479296
+# %% ../nbs/30_callback.ipynb #6337489d
 @patch
 def _finish(self:SWA):
     "Order -60 of after_fit"
     if self.learn.lock.locked() or not self._active: return
-    for cb in self._trackers():
+    for cb in self._trackers('swa_'):
         if isinstance(cb, SaveModelCallback): cb.run = False          # it would load the best average over the last weights; see _install
     if self.n_averaged:
         with self._avg.swapped(unwrap(self.learn.model)): self._stats()
@@ -336,31 +390,27 @@ def _install(self:SWA):
     self._armed = self._active = False
     if not self.n_averaged: return
     self._put(unwrap(self.learn.model))
-    for cb in self._trackers():
+    for cb in self._trackers('swa_'):
         if isinstance(cb, SaveModelCallback) and (cb.at_end or cb in self._saved):
             cb.after_fit()                                            # loads the best average, or saves the last
             if cb.at_end: continue
-            self._avg.refresh_mark(self._saved[cb])
-            self._bn = BNStats(self._bn.layers)
+            self._avg._adopt(self._saved[cb])
+            self._bn,self.collected = BNStats(self._bn.layers),self.collected[:self._saved[cb]]
 
-# %% ../nbs/30_callback.ipynb #6337489d
+# %% ../nbs/30_callback.ipynb #fdd31e63
 @patch
 def _put(self:SWA, model):
     if not self._avg.inside: self._own_bn = BNStats(self._bn.layers)
     self._avg.apply(model)
     self._bn.install()
 
-# %% ../nbs/30_callback.ipynb #fdd31e63
+# %% ../nbs/30_callback.ipynb #218e2888
 @patch
 def _known(self:SWA, learn, what):
     "The model of `learn`, with an average that is made for it"
     if learn is None: raise TypeError(f'swa.{what}(learn): give it the learner, as the callback forgets it when the fit ends')
     model = unwrap(learn.model)
-    if self._state is not None:
-        self._avg = WeightAverage(model)
-        self._avg.load_state_dict(self._state)
-        self._bn = self._load_bn(model, self._state['bn'])
-        self.collected,self._state = list(self._state['collected']),None
+    if self._loaded is not None: self._use_loaded(model)
     if not self.n_averaged: raise RuntimeError(f'swa.{what}: nothing has been averaged yet (the fit ended before the first cycle did, or there was none)')
     return model
 
@@ -371,11 +421,10 @@ def apply(self:SWA,
     "Put the average into `learn.model`, BatchNorm statistics included (measured now if they are not known). A second call does nothing"
     model = self._known(learn, 'apply')
     if self._bn is None:
-        layers = self._layers or bn_layers(model)
+        layers = trained_layers(learn) if self._layers is None else self._layers
         with self._avg.swapped(model): self._bn = learner_stats(learn, layers, self.bn_batches) or BNStats([])
     self._put(model)
 
-# %% ../nbs/30_callback.ipynb #218e2888
 @patch
 def restore(self:SWA,
     learn:Learner, # The learner of the fit
@@ -391,7 +440,7 @@ def restore(self:SWA,
 def swa_model(self:SWA)->nn.Module:
     "A copy of the model with the average in it, in evaluation mode; made anew each time"
     if self._avg is None or not self._avg.n:
-        raise RuntimeError('there is no average yet' + (': it was loaded, call swa.apply(learn) first' if self._state else ''))
+        raise RuntimeError('there is no average yet' + (': it was loaded, call swa.apply(learn) first' if self._loaded else ''))
     model = self._avg._model
     if self._avg.inside: self._avg._still_inside()
     if self._bn is None and self._learn is None and bn_layers(model):
@@ -431,20 +480,22 @@ def plot_sched(self:SWA,
 @patch
 def state_dict(self:SWA)->dict:
     "Everything needed to go on in another process: the average, its count and statistics, the highest learning rates"
-    if self._state is not None: return self._state
+    if self._loaded is not None: return self._loaded
     avg = dict(n=0, average={}) if self._avg is None else self._avg.state_dict()
     names = {} if self._avg is None else {m:k for k,m in self._avg._model.named_modules()}
     bn = None if self._bn is None else {names[m]:(mean,var) for m,mean,var in zip(self._bn.layers, self._bn.means, self._bn.vars)}
-    return dict(avg, bn=bn, peaks=None if self._peaks is None else [float(o) for o in self._peaks], collected=list(self.collected))
+    layers = None if self._layers is None else [names[m] for m in self._layers]
+    return dict(avg, bn=bn, layers=layers, peaks=None if self._peaks is None else [float(o) for o in self._peaks], collected=list(self.collected))
 
 @patch
 def load_state_dict(self:SWA,
     state:dict, # From `state_dict`
 ):
     "Go on from a saved average: the next fit continues it, `apply(learn)` puts it in"
-    missing = {'n','average','bn','peaks','collected'}-set(state)
+    if self._avg is not None and self._avg.inside: raise RuntimeError('the model holds the present average: take it out with swa.restore(learn) before loading another')
+    missing = {'n','average','bn','layers','peaks','collected'}-set(state)
     if missing: raise ValueError(f'not the state of an SWA callback: it has no {sorted(missing)}')
-    self._state,self._avg,self._bn,self._own_bn = dict(state),None,None,None
+    self._loaded,self._avg,self._bn,self._own_bn = dict(state),None,None,None
 
 # %% ../nbs/30_callback.ipynb #c6828443
 @patch
@@ -467,12 +518,6 @@ def load(self:SWA,
     self.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
     return self
 
-@patch
-def _load_bn(self:SWA, model, bn):
-    if bn is None: return None
-    layers = [model.get_submodule(k) for k in bn]
-    return BNStats(layers, [o[0].to(m.running_mean.device) for o,m in zip(bn.values(),layers)], [o[1].to(m.running_var.device) for o,m in zip(bn.values(),layers)])
-
 # %% ../nbs/30_callback.ipynb #291c7366
 @patch
 def fit_swa(self:Learner,
@@ -485,6 +530,8 @@ def fit_swa(self:Learner,
     sched=SchedLin, # Shape between the two
     eval_every:int=0, # Evaluate the average every so many epochs, and after the last. 0: never
     bn_batches:int=None, # Training batches for BatchNorm statistics. None: all
+    save_to=None, # File written after each collection, so that a killed run can be resumed. None: no file
+    load_from=None, # Such a file, to go on from with `start_epoch`
     wd=None, # Weight decay. None: the learner's
     cbs=None, # More callbacks
     reset_opt:bool=False, # Begin with a new optimizer
@@ -498,8 +545,12 @@ def fit_swa(self:Learner,
     lrs = np.array([h['lr'] for h in self.opt.hypers])
     if swa_lr is False: raise ValueError('fit_swa sets the schedule: for your own one use learn.fit(..., cbs=SWA(swa_lr=False))')
     lo = group_lrs(swa_lr, lrs)
-    swa = SWA(start, lo.tolist(), cycle_len, swa_lr_max, sched, eval_every, bn_batches)
+    swa = SWA(start, lo.tolist(), cycle_len, swa_lr_max, sched, eval_every, bn_batches, save_to)
     n_iter = len(self.dls.train)
-    begin = swa_cycles(n_epoch, n_iter, start, cycle_len).begin/(n_epoch*n_iter)
+    cyc = swa_cycles(n_epoch, n_iter, start, cycle_len)
+    if load_from is not None: swa.load(load_from)
+    elif cyc.ends and start_epoch*n_iter>=cyc.ends[0]:
+        warnings.warn(f'start_epoch={start_epoch} lies after the first collection: without load_from, a file that save_to has written, what was averaged before is lost')
+    begin = cyc.begin/max(n_epoch*n_iter, 1)
     self.fit(n_epoch, wd=wd, cbs=[ParamScheduler({'lr': sched_authors(lrs, lo, begin)}), swa, *L(cbs)], reset_opt=reset_opt, start_epoch=start_epoch)
     return swa

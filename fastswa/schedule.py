@@ -12,6 +12,7 @@ from numbers import Integral, Real
 
 import numpy as np
 import matplotlib.pyplot as plt
+from fastcore.foundation import L
 from fastai.callback.schedule import SchedLin
 
 # %% ../nbs/10_schedule.ipynb #86093b32
@@ -76,10 +77,12 @@ def cycle_lr(
     "Learning rate at a position within a cycle (Izmailov et al. 2018, section 3.1)"
     return swa_lr if swa_lr_max is None else sched(swa_lr_max, swa_lr)(pos)
 
-# %% ../nbs/10_schedule.ipynb #4339414b
+# %% ../nbs/10_schedule.ipynb #a93cbccd
+def _is_listy(o): return isinstance(o, (list,tuple,np.ndarray,L))
+
 def _check_lr(name, lr):
     "TypeError or ValueError for something that is not a learning rate: a number, a slice, or a list with one for each parameter group"
-    vals = [lr.start,lr.stop] if isinstance(lr, slice) else list(lr) if isinstance(lr, (list,tuple,np.ndarray)) else [lr]
+    vals = [lr.start,lr.stop] if isinstance(lr, slice) else list(lr) if _is_listy(lr) else [lr]
     if isinstance(lr, slice) and lr.start is None: vals = vals[1:]
     if not vals or not all(map(_is_num, vals)):
         raise TypeError(f'{name} must be a number, a slice, or a list with one learning rate per parameter group, not {lr!r}')
@@ -99,7 +102,7 @@ def group_lrs(
     if isinstance(lr, slice):
         if lr.start: return np.geomspace(lr.start, lr.stop, n) if n>1 else np.array([lr.stop], dtype=float)
         return np.array([lr.stop/10]*(n-1)+[lr.stop], dtype=float)
-    if isinstance(lr, Real): return peaks*(lr/top) if top else np.full(n, float(lr))
+    if not _is_listy(lr): return peaks*(lr/top) if top else np.full(n, float(lr))
     if len(lr)!=n: raise ValueError(f'{name} lists {len(lr)} learning rates, the optimizer has {n} parameter groups: '
                                     f'give {n}, or a single number, which keeps the proportions of the groups')
     return np.array(lr, dtype=float)

@@ -143,7 +143,7 @@ def test_one_copy_of_the_weights():
     size = sum(p.numel()*p.element_size() for p in m.parameters())
     def tensors(): # bytes in distinct storages
         gc.collect()
-        sts = {o.untyped_storage().data_ptr():o.untyped_storage().nbytes() for o in gc.get_objects() if isinstance(o, torch.Tensor)}
+        sts = {o.untyped_storage().data_ptr():o.untyped_storage().nbytes() for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)}
         return sum(sts.values())
     base = tensors()
     avg = WeightAverage(m)
@@ -244,8 +244,9 @@ def test_finite():
     t = torch.ones(10)
     assert all_finite([t, t.half(), t.bfloat16(), torch.zeros(0), t.to(torch.complex64), torch.full((3,), 1e300, dtype=torch.float64)])
     for bad in (float('inf'), -float('inf'), float('nan')):
-        t = torch.ones(10); t[3] = bad
-        assert not all_finite([torch.ones(2), t]) and not all_finite([t.half()])
+        for n in (10,10000):
+            t = torch.ones(n); t[3] = bad
+            assert not all_finite([torch.ones(2), t]) and not all_finite([t.half()]) and not all_finite([torch.ones(9000), t.double(), torch.ones(3)])
 
 def test_old_style_weight_norm_and_no_reference_kept():
     m = nn.utils.weight_norm(nn.Linear(3,3)); m(torch.randn(2,3))   # deepcopy fails on this one

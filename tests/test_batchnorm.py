@@ -227,6 +227,21 @@ def test_torch_loader_generators():
     with rng_kept(dl): list(dl)
     assert torch.equal(g.get_state(), before)
 
+def test_loaders_that_shuffle_in_place():
+    from fastai.text.data import LMDataLoader
+    dl = LMDataLoader([torch.arange(i, i+9) for i in range(20)], bs=4, seq_len=5, shuffle=True)
+    ids,before = dl.items.idxs,list(dl.items.idxs)
+    with rng_kept(dl): list(dl); assert list(dl.items.idxs)!=before
+    assert dl.items.idxs is ids and list(ids)==before and list(dl.lens.idxs)==before
+    class Own(torch.utils.data.Sampler):
+        def __init__(self): self.rng,self.k = random.Random(3),0
+        def __iter__(self): self.k += 1; return iter(self.rng.sample(range(200), 200))
+        def __len__(self): return 200
+    for kw in (lambda s: dict(batch_size=64, sampler=s), lambda s: dict(batch_sampler=torch.utils.data.BatchSampler(s, 64, False))):
+        s = Own(); dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:200],Y[:200]), **kw(s))
+        with rng_kept(dl): first = [b[1] for b in dl]
+        assert s.k==0 and all(torch.equal(a,b[1]) for a,b in zip(first,dl))
+
 # ---- learners
 
 class Bright(Callback):
@@ -239,6 +254,9 @@ def test_learner_statistics_are_those_of_the_transformed_training_data():
     assert_is(l.model[0], X[:200]+1)
     l.update_bn(n_batches=2)
     assert not torch.allclose(l.model[0].running_mean, X[:200].mean()+1, atol=1e-6)
+
+def test_learner_without_a_validation_set():
+    l = learner(); l.dls.loaders = l.dls.loaders[:1]; l.update_bn(); assert_is(l.model[1], l.model[0](X[:200]).detach(), 1e-5)
 
 def test_learner_is_unchanged():
     l = learner(cbs=[Bright(), MixUp(), GradientClip()])
@@ -288,23 +306,45 @@ def test_under_autocast():
     assert set(seen)=={(True, torch.bfloat16)} and not torch.is_autocast_enabled('cpu')
     fit(l, 1); l.update_bn(); assert not torch.is_autocast_enabled('cpu')
 
-def test_real_mixed_precision_is_left_when_the_pass_stops_early():
-    l = learner(cbs=MixedPrecision(amp_mode='bf16'))
-    l.update_bn()                                                  # enters autocast('cuda') and must leave it, also after a stop
-    assert not torch.is_autocast_enabled('cuda') and not torch.is_autocast_enabled('cpu')
-    x = torch.randn(40,1,8,8)
-    l2 = learner(); l2.model.load_state_dict(l.model.state_dict()); l2.update_bn()
-    assert same(state(l2.model), state(l.model))
+def test_mixed_precision_is_left_when_the_pass_stops_early(monkeypatch):
+    from fastai.callback import fp16
+    depth,seen = [0],[]
+    class Counted:
+        "Stands for autocast('cuda'), which does nothing on a machine without it"
+        def __init__(self, *a, **k): pass
+        def __enter__(self): depth[0] += 1
+        def __exit__(self, *a): depth[0] -= 1
+    monkeypatch.setattr(fp16, 'autocast', Counted)
+    class Tail(nn.Module):
+        def forward(self, x): seen.append(depth[0]); return x
+    l = learner(nn.Sequential(*net(), Tail()), cbs=MixedPrecision(amp_mode='bf16'))
+    l.update_bn()
+    assert depth==[0] and seen==[1]                                # only the first of five batches went to the end, and autocast was left each time
+    fit(l, 2); assert depth==[0]
 
-def test_bar_appears_only_for_long_work(monkeypatch):
+def test_bar_appears_only_for_long_work(monkeypatch, capsys):
     from fastswa import batchnorm as B
-    made = []
-    monkeypatch.setattr(B, 'progress_bar', lambda *a, **k: made.append(k) or type('Bar', (), dict(update=lambda s,i: made.append(i), on_iter_end=lambda s: made.append('end')))())
-    bar = B._Bar(10); bar.update(1); bar.close(); assert not made
-    t = time.time(); monkeypatch.setattr(B.time, 'time', lambda: t+2)
-    bar = B._Bar(10); bar.t0 = t; bar.update(1); bar.close()
-    assert made[0]['comment']=='BatchNorm statistics' and made[1:]==[0,1,'end']
-    made.clear(); bar = B._Bar(10, show=False); bar.t0 = t; bar.update(1); assert not made
+    from fastprogress.fastprogress import master_bar
+    t = time.time(); monkeypatch.setattr(B.time, 'time', lambda: t)
+    bar = B._Bar(10); bar.update(1); bar.close(); assert bar.bar is None
+    monkeypatch.setattr(B.time, 'time', lambda: t+2)
+    for parent in (None, master_bar(range(2))):            # the bars of a real console
+        bar = B._Bar(10, parent=parent); bar.t0 = t; bar.update(1); bar.update(2); bar.close()
+        out = capsys.readouterr().out
+        assert parent is not None or '[2/10' in out and 'BatchNorm statistics' in out
+    bar = B._Bar(10, show=False); bar.t0 = t; bar.update(1); assert bar.bar is None
+
+def test_bars_of_long_passes_end_to_end(monkeypatch, capsys):
+    from fastswa import batchnorm as B
+    class Later:                                           # every look at the clock is two seconds after the last
+        now = 0.
+        def time(self): self.now += 2; return self.now
+    monkeypatch.setattr(B, 'time', Later())
+    m = nn.Sequential(nn.BatchNorm1d(3)); x = torch.randn(80,3); update_bn(m, list(x.split(8))); assert_is(m[0], x)
+    assert 'BatchNorm statistics' in capsys.readouterr().out
+    l = learner(); l.update_bn()
+    from fastswa.callback import SWA
+    l.fit(1, cbs=SWA())
 
 def test_compiled_model_is_measured_without_compiling_again():
     x = torch.randn(40,3,9,9)

@@ -1,5 +1,5 @@
 "Promises 1-8 and 10, at the callback"
-import gc, math, os, signal, subprocess, sys, textwrap
+import gc, math, os, pickle, signal, subprocess, sys, textwrap, threading
 from copy import deepcopy
 
 import pytest, torch
@@ -93,6 +93,16 @@ def test_short_epochs_and_cancelled_trains_still_collect():
     fit(l, 4, cbs=[swa,Short()])
     assert swa.n_averaged==2
 
+def test_epochs_that_change_their_length():
+    class Grow(Callback):
+        def __init__(self, n): self.n = n
+        def before_epoch(self):
+            if self.learn.epoch==2: self.learn.dls = dls(n=self.n)
+    for n in (400,120):
+        l,swa = learner(),SWA(start=1, cycle_len=1); fit(l, 5, cbs=[swa,Grow(n)])
+        assert swa.collected==[10,15,20,25]
+        ax = swa.plot_sched(); np.testing.assert_allclose(ax.lines[1].get_xdata(), [2,3,4,5])
+
 def test_fit_swa_is_the_authors_recipe():
     l,spy = learner(),Spy()
     with quiet(l): swa = l.fit_swa(8, .1, .03, start=.5, cycle_len=1, cbs=spy)
@@ -155,6 +165,33 @@ def test_bn_batches():
     l = learner(nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64,10)), shuffle=False); fit(l, 2, cbs=SWA(bn_batches=2))
     torch.testing.assert_close(l.model[0].running_mean[0], X[:80].mean(), atol=1e-6, rtol=1e-6)
 
+def test_cancelled_in_the_first_epoch_is_refreshed_all_the_same():
+    class Stop(Callback):
+        order,run_valid = 200,False
+        def after_batch(self):
+            if self.learn.train_iter==4: raise CancelFitException
+    l,swa = learner(),SWA(); fit(l, 1, cbs=[swa,Stop()])
+    assert swa.n_averaged and len(swa._bn.layers)==2
+    ref = net(); ref.load_state_dict(l.model.state_dict()); update_bn(ref.train(), [X[:200]])
+    torch.testing.assert_close(l.model[1].running_mean, ref[1].running_mean, atol=1e-6, rtol=1e-6)
+    other = learner(); fit(other, 1, cbs=[swa,Stop()])         # another model, the same callback
+    assert swa._bn.layers==[other.model[1],other.model[4]]
+
+def test_frozen_layers_stay_after_a_resume(tmp_path):
+    def make():
+        l = learner(cbs=BnFreeze())
+        for p in l.model[1].parameters(): p.requires_grad_(False)
+        l.model[1].running_mean.fill_(.3)
+        return l
+    l = make(); boom = Boom('after_epoch', KeyboardInterrupt, 2)
+    with pytest.raises(KeyboardInterrupt): fit(l, 4, cbs=[SWA(start=1, save_to=tmp_path/'s.pt'), boom])
+    for keep in (True,False):
+        state = torch.load(tmp_path/'s.pt', weights_only=True)
+        if not keep: state['layers'] = None                    # then the learner's own BnFreeze tells
+        new,swa = make(),SWA(); swa.load_state_dict(state)
+        with new.no_bar(): swa.apply(new)
+        assert (new.model[1].running_mean==.3).all() and (new.model[4].running_mean!=0).all()
+
 def test_layers_frozen_in_training_stay():
     l = learner(cbs=BnFreeze())
     for p in l.model[1].parameters(): p.requires_grad_(False)
@@ -174,6 +211,17 @@ def test_no_evaluation_no_columns_and_odd_recorders():
     fit(l, 2, cbs=SWA(eval_every=1))
     assert list(l.recorder.metric_names[-4:])==['swa_loss','swa_accuracy','swa_error_rate','time']
     l = learner(); l.remove_cbs([l.recorder, l.progress]); swa = SWA(eval_every=1); l.fit(2, cbs=swa); assert swa.n_averaged   # no Recorder at all
+
+def test_metrics_that_cannot_be_copied():
+    class Locked(AvgMetric):
+        def __init__(self): super().__init__(accuracy); self.lock = threading.Lock()
+        @property
+        def name(self): return 'locked'
+    class Stubborn(Locked):
+        def __copy__(self): raise TypeError('one of a kind')
+    for m in (Locked(), Stubborn()):
+        l = learner(metrics=[accuracy, m]); fit(l, 3, cbs=SWA(eval_every=1))
+        v = l.recorder.values[-1]; assert v[2]==v[3] and v[5]==v[6]
 
 def test_accumulating_metrics():
     from fastai.metrics import F1Score
@@ -217,7 +265,14 @@ def test_nested_validate_and_fetch_preds_inside_a_fit():
     with quiet(l): l.fit(4, cbs=[swa, Nested(), Keep()])
     assert swa.n_averaged==3
     for k,p in enumerate(l.model.parameters()): torch.testing.assert_close(p.detach(), torch.stack([w[k] for w in Keep.ws[1:]]).mean(0), atol=1e-6, rtol=1e-6)
-    l,swa = learner(cbs=FetchPredsCallback()),SWA(eval_every=1); fit(l, 3, cbs=swa); assert swa.n_averaged==4
+    for attached in (True,False):
+        l,swa = learner(),SWA(eval_every=1)
+        cbs = [swa,FetchPredsCallback()]
+        if attached: l.add_cbs(cbs)
+        fit(l, 3, cbs=None if attached else cbs)
+        assert swa.n_averaged==4 and len(helpers(l))==2*attached
+        l.remove_cb(FetchPredsCallback)                        # with it attached, fastai's own validate waits for ever
+        with l.no_bar(): l.validate(); l.get_preds()
 
 # ---- 6. plays well
 
@@ -255,6 +310,25 @@ def test_save_model_on_swa_loss_saves_and_leaves_the_best_average(tmp_path):
     now = state(l.model)
     swa.restore(l); assert same(weights(l.model), spy.ws[-1])
     swa.apply(l);   assert same(state(l.model), now)
+
+def test_best_average_of_half_precision_weights(tmp_path):
+    l,swa,spy = learner(net().bfloat16(), path=tmp_path, opt_func=SGD),SWA(eval_every=1, start=1, cycle_len=1),Spy()
+    class Half(Callback):
+        order = 5
+        def before_batch(self): self.learn.xb = (self.learn.xb[0].bfloat16(),)
+        def after_pred(self): self.learn.pred = self.learn.pred.float()
+    fit(l, 5, cbs=[swa, SaveModelCallback(monitor='swa_loss'), Scripted([9,3,1,2,4]), spy, Half()])
+    best = weights(l.model)
+    assert swa.n_averaged==2 and len(swa.collected)==2
+    for p,m in zip(best, spy.mean([10,15])): torch.testing.assert_close(p.double(), m, atol=1e-2, rtol=1e-2)
+    assert all(torch.equal(a.bfloat16(),b) for a,b in zip(swa._avg.average,best)) and same(weights(swa.copy_to(net().bfloat16())), best)
+    swa.restore(l); swa.apply(l); assert same(weights(l.model), best)
+
+def test_tracker_left_off_by_an_interrupt_works_in_the_next_fit(tmp_path):
+    save = SaveModelCallback(monitor='swa_loss'); l = learner(path=tmp_path, cbs=save)
+    with pytest.raises(KeyboardInterrupt): fit(l, 4, cbs=[SWA(eval_every=1, start=1, cycle_len=1), Boom('after_epoch', KeyboardInterrupt, 1)])
+    save.best = -1.                                            # no value could be better
+    fit(l, 3, cbs=SWA(eval_every=1)); assert save.best>0
 
 def test_save_model_on_swa_loss_when_nothing_was_averaged(tmp_path):
     l = learner(path=tmp_path)
@@ -310,7 +384,19 @@ def test_fine_tune_averages_in_the_second_phase_only():
     fit(l, 3, .1, freeze_epochs=2, method='fine_tune', cbs=[swa,Phase()])
     assert phases==[(1,0),(0,4)]
     l = learner(splitter=two_groups); l.freeze(); fit(l, 4, cbs=swa); assert swa.n_averaged==5   # a frozen fit by hand is averaged
-    
+
+@pytest.mark.parametrize('splitter', [two_groups, trainable_params])
+def test_fine_tune_rows_and_trackers(splitter, tmp_path):
+    l,rows = learner(splitter=splitter, path=tmp_path),[]
+    class Rows(Callback):
+        order = 1000
+        def after_fit(self): rows.append((list(self.learn.recorder.metric_names[1:-1]), [len(v) for v in self.learn.recorder.values], self.learn.swa.n_averaged))
+    for _ in range(2):     # twice: what a first fine_tune leaves behind must not confuse a second
+        rows.clear()
+        fit(l, 3, .1, freeze_epochs=2, method='fine_tune', cbs=[SWA(eval_every=1), SaveModelCallback(monitor='swa_loss'), EarlyStoppingCallback(monitor='swa_accuracy', patience=9), Rows()])
+        names = ['train_loss','valid_loss','accuracy']
+        assert [o[:2] for o in rows]==[(names, [3,3]), (names+['swa_loss','swa_accuracy'], [5,5,5])] and rows[0][2]==0 and rows[1][2]>0
+
 def test_helpers_come_and_go_with_the_callback():
     l,swa = learner(),SWA()
     fit(l, 2, cbs=swa); assert not helpers(l)
@@ -324,7 +410,8 @@ def test_helpers_come_and_go_with_the_callback():
 @pytest.mark.parametrize('kw,exc', [(dict(start=1.5),ValueError), (dict(start=-1),ValueError), (dict(start='x'),TypeError), (dict(swa_lr='x'),TypeError), (dict(swa_lr=True),TypeError),
     (dict(swa_lr=-.1),ValueError), (dict(swa_lr=[.1,-1.]),ValueError), (dict(cycle_len=0),ValueError), (dict(cycle_len='x'),TypeError), (dict(swa_lr_max='x'),TypeError),
     (dict(swa_lr=.1, swa_lr_max=.05),ValueError), (dict(swa_lr=False, swa_lr_max=.1),ValueError), (dict(sched=3),TypeError), (dict(sched=lambda x: x),TypeError),
-    (dict(eval_every=-1),ValueError), (dict(eval_every=.5),TypeError), (dict(eval_every=True),TypeError), (dict(bn_batches=0),ValueError), (dict(bn_batches=.5),TypeError)])
+    (dict(eval_every=-1),ValueError), (dict(eval_every=.5),TypeError), (dict(eval_every=True),TypeError), (dict(bn_batches=0),ValueError), (dict(bn_batches=.5),TypeError), (dict(save_to=3),TypeError)])
+
 def test_bad_arguments(kw, exc):
     with pytest.raises(exc) as e: SWA(**kw)
     assert next(iter(kw)) in str(e.value) or 'swa_lr_max' in str(e.value)
@@ -368,6 +455,40 @@ def test_changed_model_two_swas_and_missing_columns():
     with pytest.raises(ValueError, match=r'SWA\(eval_every=1\)'): fit(learner(), 2, cbs=[SWA(), SaveModelCallback(monitor='swa_loss')])
     with pytest.raises(ValueError, match='swa_accuracy'): fit(learner(), 2, cbs=[SWA(eval_every=1), SaveModelCallback(monitor='swa_acc')])
     with pytest.raises(ValueError, match='longer than'): fit(learner(), 2, cbs=SWA(cycle_len=1))
+    for kw in (dict(swa_lr=[.1], swa_lr_max=.05), dict(swa_lr=slice(.1), swa_lr_max=slice(.05)), dict(swa_lr=1, swa_lr_max=.5)):
+        with pytest.raises(ValueError, match='swap them'): fit(learner(), 2, cbs=SWA(**kw))
+
+def test_attached_and_passed_moved_and_copied(tmp_path):
+    swa = SWA(); l = learner(cbs=swa)
+    with pytest.raises(ValueError, match='attached to the learner already'): fit(l, 2, cbs=swa)
+    fit(l, 2); assert swa.n_averaged and len(helpers(l))==2
+    other = learner(cbs=swa)                                   # it moves to the other learner
+    assert not helpers(l) and not hasattr(l, 'swa'); fit(l, 1); fit(other, 2); assert swa.n_averaged
+    for make in (lambda: deepcopy(other), lambda: learner(cbs=deepcopy(SWA())), lambda: learner(cbs=pickle.loads(pickle.dumps(swa)))):
+        l2 = make()
+        assert l2.swa.n_averaged==0 and l2.swa.collected==[] and len(helpers(l2))==2
+        spy = Spy(); fit(l2, 2, cbs=spy); assert_is_mean(l2.model, spy, l2.swa)
+
+def test_learning_rate_traps():
+    assert count_warnings(lambda: fit(learner(), 3, .1, method='fit_one_cycle', cbs=SWA(start=.1)), 'still warming up')==1
+    assert count_warnings(lambda: fit(learner(), 3, .1, method='fit_one_cycle', cbs=SWA()), 'still warming up')==0
+    assert count_warnings(lambda: fit(learner(), 3, cbs=[SWA(start=0), ParamScheduler({'lr': SchedLin(0., .1)})]), 'learning rate is 0')==1
+    assert count_warnings(lambda: fit(learner(), 4, .1, cbs=SWA(swa_lr_max=.01)), 'rises within each cycle')==1
+    l = learner(splitter=two_groups); spy = Spy()
+    fit(l, 4, [0.,.1], cbs=[SWA(swa_lr_max=.08, sched=SchedExp), spy])
+    assert np.isfinite(spy.lrs).all() and {o[0] for o in spy.lrs}=={0.} and all(p.isfinite().all() for p in l.model.parameters())
+
+def test_warnings_come_again_in_the_next_fit():
+    "Not only once in each process, as Python's default filter has it"
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('default')
+        for _ in range(2): fit(learner(), 2, cbs=SWA(start=5))
+    assert sum('never start' in str(w.message) for w in ws)==2
+
+def test_no_batches():
+    with pytest.warns(UserWarning, match='has no batch'):
+        try: fit(learner(n=10, bs=40), 2, cbs=SWA())
+        except ZeroDivisionError: pass        # fastai's own
 
 def test_annealing_tail_warns_once():
     assert count_warnings(lambda: fit(learner(), 3, method='fit_one_cycle', cbs=SWA(swa_lr=False)), 'annealing tail')==1
@@ -475,6 +596,28 @@ def test_resume_in_another_process_is_bit_identical(tmp_path):
     assert not list(tmp_path.glob('*.tmp'))
     ax = again.plot_sched(); assert len(ax.lines[1].get_xdata())==len([o for o in again.collected if o>20])
 
+def test_fit_swa_resumes(tmp_path):
+    full = learner()
+    with quiet(full): want = full.fit_swa(6, .1, start=2, cycle_len=1, cbs=EpochSeed())
+    l = learner()
+    with quiet(l):
+        with pytest.raises(KeyboardInterrupt): l.fit_swa(6, .1, start=2, cycle_len=1, cbs=[EpochSeed(), Boom('after_epoch', KeyboardInterrupt, 3)], save_to=tmp_path/'s.pt')
+        w = state(l.model)
+        got = l.fit_swa(6, .1, start=2, cycle_len=1, cbs=EpochSeed(), load_from=tmp_path/'s.pt', start_epoch=4)
+        assert got.collected==want.collected==[15,20,25,30] and same(state(l.model), state(full.model))
+        with pytest.warns(UserWarning, match='load_from'): l.fit_swa(6, .1, start=2, cycle_len=1, start_epoch=4)
+        l.fit_swa(0)
+
+def test_start_epoch_after_other_weights_were_loaded():
+    l,swa,spy = learner(),SWA(start=1, cycle_len=1),Spy(); fit(l, 3, cbs=[swa,spy])
+    for p in l.model.parameters(): p.data.zero_()              # as loading a file would
+    class First(Callback):
+        def before_batch(self):
+            if not hasattr(self,'w'): self.w = weights(self.learn.model)
+    first = First()
+    with pytest.warns(UserWarning, match='a new one begins'): fit(l, 5, start_epoch=3, cbs=[swa,first])
+    assert all((o==0).all() for o in first.w) and swa.n_averaged==2
+
 def test_resume_in_the_same_process():
     full,swa = learner(),SWA(start=1, cycle_len=1); fit(full, 5, cbs=[swa,EpochSeed()])
     l,part = learner(),SWA(start=1, cycle_len=1)
@@ -495,6 +638,15 @@ def test_apply_restore_swa_model_and_copies():
     assert same(state(swa.copy_to(net())), {k:avg[k] if 'tracked' not in k else torch.tensor(0) for k in avg})
     with pytest.raises(TypeError, match='give it the learner'): swa.apply(None)
     assert repr(swa)=='SWA(n_averaged=5)'
+
+def test_swa_model_in_mid_epoch_with_persistent_workers():
+    ds = torch.utils.data.TensorDataset(X[:200],Y[:200])
+    data = DataLoaders(torch.utils.data.DataLoader(ds, 40, shuffle=True, num_workers=1, persistent_workers=True), torch.utils.data.DataLoader(ds, 100))
+    class Mid(Callback):
+        run_valid = False
+        def after_batch(self):
+            if self.learn.train_iter==12: self.learn.swa.swa_model
+    l,spy = learner(data=data),Spy(); fit(l, 3, cbs=[SWA(start=1, cycle_len=1), Mid(), spy]); assert len(spy.ws)==15
 
 def test_swa_model_in_the_middle_of_a_fit():
     class Mid(Callback):
@@ -521,6 +673,8 @@ def test_save_load_apply_elsewhere(tmp_path):
     new.restore(other); assert same(state(other.model), start)
     with pytest.raises(ValueError, match='another architecture'): SWA().load(tmp_path/'a'/'swa.pt').apply(learner(plain_net()))
     with pytest.raises(ValueError, match='not the state'): SWA().load_state_dict({'n':1})
+    with pytest.raises(RuntimeError, match='restore'): swa.load(tmp_path/'a'/'swa.pt')     # the model holds the present average
+    swa.restore(l); swa.load(tmp_path/'a'/'swa.pt'); swa.apply(l); assert same(state(l.model), avg)
 
 def test_trained_on_afterwards_is_noticed():
     l,swa = learner(),SWA(); fit(l, 3, cbs=swa); fit(l, 1)
@@ -555,7 +709,7 @@ def test_one_copy_of_the_weights_at_any_moment():
     def live():
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            ts = [o for o in gc.get_objects() if isinstance(o, torch.Tensor)]
+            ts = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
         return sum({t.untyped_storage().data_ptr():t.untyped_storage().nbytes() for t in ts if t.device.type=='cpu' and t.layout==torch.strided}.values())
     class Watch(Callback):
         order = 80
