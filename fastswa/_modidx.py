@@ -109,6 +109,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastswa.callback.SWA._install': ('callback.html#swa._install', 'fastswa/callback.py'),
                                   'fastswa.callback.SWA._known': ('callback.html#swa._known', 'fastswa/callback.py'),
                                   'fastswa.callback.SWA._lent': ('callback.html#swa._lent', 'fastswa/callback.py'),
+                                  'fastswa.callback.SWA._look_ahead': ('callback.html#swa._look_ahead', 'fastswa/callback.py'),
                                   'fastswa.callback.SWA._metrics': ('callback.html#swa._metrics', 'fastswa/callback.py'),
                                   'fastswa.callback.SWA._once': ('callback.html#swa._once', 'fastswa/callback.py'),
                                   'fastswa.callback.SWA._put': ('callback.html#swa._put', 'fastswa/callback.py'),

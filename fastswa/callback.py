@@ -7,6 +7,7 @@ __all__ = ['SWA']
 
 # %% ../nbs/30_callback.ipynb #e865350c
 import inspect, math, os, sys, warnings
+from bisect import bisect_right
 from numbers import Real
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -80,10 +81,10 @@ class SWA(Callback):
     # What a fit sets has its default here: a missing attribute would be looked up in the learner and then in the model
     _learn,_helpers,_armed,_active,_tuning = None,(),False,False,None
     _avg,_bn,_own_bn,_layers,_loaded = None,None,None,None,None    # the mean; its statistics; those of the weights it replaced; layers that trained; a state
-    _epoch,_done,_pending,_cycles,_names = -1,0,[],None,[]
+    _epoch,_done,_due,_cycles,_names = -1,0,math.inf,None,[]
     _peaks,_lo,_hi,_moms,_lrs,_skipped = None,None,None,None,[],0
     _value_now,_moved,_told,_saved = False,False,set(),{}
-    collected = []   # iterations at which weights went into the average
+    collected = []   # iterations at which weights went into the average (a fit makes its own list)
     def __init__(self,
         start:float=0.75, # When averaging begins. float in [0,1): share of the fit. int: epochs trained before it
         swa_lr=None, # Learning rate at the end of each cycle: a number, slice or list. None: half of the highest so far. False: leave the fit's schedule alone
@@ -191,7 +192,13 @@ def before_train(self:SWA):
     if not self._armed or self.learn.lock.locked(): return
     if not self._active: self._begin(len(self.learn.dls.train))
     self._done = self._epoch*self._cycles.n_iter
-    self._pending = [o for o in self._cycles.ends if o>self._done]
+    self._look_ahead()
+
+@patch
+def _look_ahead(self:SWA):
+    "When the next cycle ends"
+    k = bisect_right(self._cycles.ends, self._done)
+    self._due = self._cycles.ends[k] if k<len(self._cycles.ends) else math.inf
 
 # %% ../nbs/30_callback.ipynb #c09138b1
 @patch
@@ -295,19 +302,19 @@ def after_batch(self:SWA):
     if self._done<(self._epoch+1)*self._cycles.n_iter:      # an epoch that has grown since the beginning of the fit ends where it was planned to
         self._done += 1
         self._lrs.append(self.learn.opt.hypers[-1]['lr'])
-    if self._pending and self._done>=self._pending[0] and self._done%self._cycles.n_iter: self._collect()
+    if self._done>=self._due and self._done%self._cycles.n_iter: self._collect()
 
 @patch
 def after_train(self:SWA):
     if not self._active or self.learn.lock.locked(): return
     self._done = (self._epoch+1)*self._cycles.n_iter                # also where the epoch was cut short
     self._lrs += [math.nan]*(self._done-self._skipped-len(self._lrs))
-    if self._pending and self._pending[0]<=self._done: self._collect()
+    if self._done>=self._due: self._collect()
 
 # %% ../nbs/30_callback.ipynb #0d271023
 @patch
 def _collect(self:SWA):
-    self._pending = [o for o in self._pending if o>self._done]
+    self._look_ahead()
     if not self._moved: return                                      # an epoch that was cancelled before its first batch
     self._moved,model = False,unwrap(self.learn.model)
     self._layers = bn_layers(model)                                 # layers that somebody froze are in evaluation mode now
@@ -318,7 +325,7 @@ def _collect(self:SWA):
     if self.swa_lr is False and self._peaks is not None and self.learn.opt.hypers[-1]['lr']<self._peaks[-1]/100: self._warn_annealing()
     self._avg.update(model)
     self._bn = None
-    self.collected = [*self.collected, self._done]
+    self.collected.append(self._done)
     if self.save_to is not None: self.save(self.save_to)
 
 # %% ../nbs/30_callback.ipynb #3349f376

@@ -739,3 +739,15 @@ def test_averaging_adds_no_passes_without_evaluation():
     l = learner(nn.Sequential(Count(), nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64,10))); fit(l, 3); a = len(calls); calls.clear()
     l = learner(nn.Sequential(Count(), nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64,10))); fit(l, 3, cbs=SWA()); assert len(calls)-a==5   # one refresh
     calls.clear(); l = learner(nn.Sequential(Count(), nn.Flatten(), nn.Linear(64,10))); fit(l, 3, cbs=SWA()); assert len(calls)==a           # no BatchNorm: none
+
+def test_averaging_every_step_of_a_long_epoch_stays_cheap():
+    "No list is copied or searched for each collection"
+    swa = SWA(start=0, cycle_len=1e-9)
+    swa._cycles,swa.collected = swa_cycles(1, 200_000, 0, 1e-9),[]
+    assert len(swa._cycles.ends)==200_000
+    ids = id(swa.collected)
+    class Model(nn.Linear): pass
+    m = Model(2,2); swa._learn = type('L', (), dict(model=m))()
+    for i in range(1,2001): swa._done,swa._moved = i,True; swa._collect()
+    assert id(swa.collected)==ids and swa.n_averaged==2000 and swa._due==2001
+    swa._learn = None
