@@ -39,6 +39,7 @@ class _SWAInstall(Callback):
     "After everything else, SaveModel's loading of its best weights included: put the average into the model"
     order = 90
     def __init__(self, swa): self.swa_ = swa
+    def after_epoch(self): self.swa_._autosave()
     def after_fit(self): self.swa_._install()
 
 class _Meter(Callback):
@@ -73,7 +74,7 @@ class SWA(Callback):
 
     The average is aligned so that its last cycle ends with the fit; BatchNorm statistics are those of the training data for the averaged
     weights. Afterwards the callback answers for it: `n_averaged`, `swa_model`, `restore(learn)`, `apply(learn)`, `save`, `load`, `plot_sched()`.
-    One extra copy of the weights is held. Raises TypeError or ValueError here, before any training, for arguments no fit could use, and at the
+    One extra set of weights is held, in float32 at least. Raises TypeError or ValueError here, before any training, for arguments no fit could use, and at the
     start of a fit for a `cycle_len` that doesn't fit into it or a list of another length than there are parameter groups.
     Source: Izmailov et al. 2018, Algorithm 1."""
     order,run_valid,remove_on_fetch = 55,False,True
@@ -88,12 +89,12 @@ class SWA(Callback):
     def __init__(self,
         start:float=0.75, # When averaging begins. float in [0,1): share of the fit. int: epochs trained before it
         swa_lr=None, # Learning rate at the end of each cycle: a number, slice or list. None: half of the highest so far. False: leave the fit's schedule alone
-        cycle_len:float=None, # Epochs in a cycle, fractions allowed. None: one, or a tenth of the averaging phase if that is shorter
-        swa_lr_max:float=None, # Learning rate at the beginning of each cycle: a number, slice or list. None: constant at `swa_lr`
+        cycle_len:float=None, # Epochs in a cycle, above 0, fractions allowed. None: one, or a tenth of the averaging phase if that is shorter
+        swa_lr_max=None, # Learning rate at the beginning of each cycle: a number, slice or list. None: constant at `swa_lr`
         sched=SchedLin, # Shape between the two: a fastai schedule function of (start, end)
-        eval_every:int=0, # Evaluate the average every so many epochs, and after the last. 0: never
-        bn_batches:int=None, # Training batches for BatchNorm statistics. None: all
-        save_to=None, # File that `save` writes after each collection, so that a killed run can be resumed. None: no file
+        eval_every:int=0, # Evaluate the average every so many epochs, 0 or more, and after the last. 0: never
+        bn_batches:int=None, # Training batches for BatchNorm statistics, 1 or more. None: all
+        save_to=None, # File that `save` writes at the end of each epoch, after the first collection, so that a killed run can be resumed. None: no file
     ):
         _check_cycles(start, cycle_len)
         if swa_lr is not None and swa_lr is not False: _check_lr('swa_lr', swa_lr)
@@ -229,7 +230,12 @@ def _check_rates(self:SWA, n_groups):
 @patch
 def _resume_or_reset(self:SWA, model):
     "A state that was loaded is continued, and so is the average of a fit that goes on with `start_epoch`; else a new one begins"
-    if self._loaded is not None: return self._use_loaded(model)
+    if self._loaded is not None:
+        done,now = self._loaded['done'],self._epoch*self._cycles.n_iter
+        if now and done!=now:
+            self._once('gap', f'the saved average is that of {done} iterations, and this fit goes on after {now}: snapshots in between '
+                              + ('will be counted twice. Go on from the model of the same moment.' if done>now else 'are missing from it.'))
+        return self._use_loaded(model)
     if self._epoch>0 and self._avg is not None and self._avg._model is model:
         if not self._avg.inside or self._avg.is_inside(): return self.restore(self.learn) if self._avg.inside else None
         self._once('lost', f'the model was changed after the average of {self.n_averaged} snapshots had been put into it: that average is gone, a new one begins')
@@ -326,7 +332,6 @@ def _collect(self:SWA):
     self._avg.update(model)
     self._bn = None
     self.collected.append(self._done)
-    if self.save_to is not None: self.save(self.save_to)
 
 # %% ../nbs/30_callback.ipynb #3349f376
 @patch
@@ -425,7 +430,9 @@ def _known(self:SWA, learn, what):
 def apply(self:SWA,
     learn:Learner, # The learner of the fit, or after `load` one with the same architecture
 ):
-    "Put the average into `learn.model`, BatchNorm statistics included (measured now if they are not known). A second call does nothing"
+    """Put the average into `learn.model`, BatchNorm statistics included (measured now if they are not known). A second call does nothing.
+
+    Raises TypeError without a learner, RuntimeError if nothing has been averaged or the average is gone."""
     model = self._known(learn, 'apply')
     if self._bn is None:
         layers = trained_layers(learn) if self._layers is None else self._layers
@@ -436,7 +443,10 @@ def apply(self:SWA,
 def restore(self:SWA,
     learn:Learner, # The learner of the fit
 ):
-    "Put the weights and statistics back that the average replaced: the last of the fit, or the best if `SaveModelCallback` had loaded them"
+    """Put the weights and statistics back that the average replaced: the last of the fit, or the best if `SaveModelCallback` had loaded them.
+
+    Call it before training on: afterwards it undoes that training, the average is gone, and a warning says so.
+    Raises TypeError without a learner, RuntimeError if nothing has been averaged."""
     model = self._known(learn, 'restore')
     if not self._avg.inside: return
     self._avg.restore(model)
@@ -445,7 +455,9 @@ def restore(self:SWA,
 # %% ../nbs/30_callback.ipynb #661e33dc
 @patch(as_prop=True)
 def swa_model(self:SWA)->nn.Module:
-    "A copy of the model with the average in it, in evaluation mode; made anew each time"
+    """A copy of the model with the average in it, in evaluation mode; made anew each time.
+
+    Raises RuntimeError if there is no average or the model cannot be copied; warns if its BatchNorm statistics were never measured."""
     if self._avg is None or not self._avg.n:
         raise RuntimeError('there is no average yet' + (': it was loaded, call swa.apply(learn) first' if self._loaded else ''))
     model = self._avg._model
@@ -467,7 +479,7 @@ def swa_model(self:SWA)->nn.Module:
 def copy_to(self:SWA,
     model:nn.Module, # A model of the same architecture
 )->nn.Module: # The same model
-    "Write the average and its BatchNorm statistics into another model"
+    "Write the average and its BatchNorm statistics into another model. Raises RuntimeError before there is an average"
     if self._avg is None: raise RuntimeError('there is no average yet')
     self._avg.copy_to(model)
     if self._bn is not None:
@@ -479,7 +491,7 @@ def copy_to(self:SWA,
 def plot_sched(self:SWA,
     ax=None, # matplotlib axes; None: a new figure
 ):
-    "Draw the learning rate of the last fit, with a dot wherever weights were collected"
+    "Draw the learning rate of the last fit, with a dot wherever weights were collected. Raises RuntimeError before a fit"
     if not len(self._lrs): raise RuntimeError('nothing to draw before a fit: see plot_swa_sched for a picture of a fit to come')
     return draw_sched([*[math.nan]*self._skipped, *self._lrs], self._cycles, [o for o in self.collected if o>self._skipped], ax)
 
@@ -492,15 +504,20 @@ def state_dict(self:SWA)->dict:
     names = {} if self._avg is None else {m:k for k,m in self._avg._model.named_modules()}
     bn = None if self._bn is None else {names[m]:(mean,var) for m,mean,var in zip(self._bn.layers, self._bn.means, self._bn.vars)}
     layers = None if self._layers is None else [names[m] for m in self._layers]
-    return dict(avg, bn=bn, layers=layers, peaks=None if self._peaks is None else [float(o) for o in self._peaks], collected=list(self.collected))
+    return dict(avg, bn=bn, layers=layers, done=self._done, peaks=None if self._peaks is None else [float(o) for o in self._peaks], collected=list(self.collected))
+
+@patch
+def _autosave(self:SWA):
+    "At the end of an epoch, after `SaveModelCallback`: a file never holds snapshots of a walk that the saved model has not made yet"
+    if self._active and not self.learn.lock.locked() and self.save_to is not None and self.n_averaged: self.save(self.save_to)
 
 @patch
 def load_state_dict(self:SWA,
     state:dict, # From `state_dict`
 ):
-    "Go on from a saved average: the next fit continues it, `apply(learn)` puts it in"
+    "Go on from a saved average: the next fit continues it, `apply(learn)` puts it in. Raises ValueError for another kind of state, RuntimeError while the average is in the model"
     if self._avg is not None and self._avg.inside: raise RuntimeError('the model holds the present average: take it out with swa.restore(learn) before loading another')
-    missing = {'n','average','bn','layers','peaks','collected'}-set(state)
+    missing = {'n','average','bn','layers','done','peaks','collected'}-set(state)
     if missing: raise ValueError(f'not the state of an SWA callback: it has no {sorted(missing)}')
     self._loaded,self._avg,self._bn,self._own_bn = dict(state),None,None,None
 
@@ -520,7 +537,7 @@ def save(self:SWA,
 @patch
 def load(self:SWA,
     file, # Path of a file that `save` wrote
-)->'SWA':
+)->'SWA': # The callback itself
     "Read a saved average; the next fit goes on with it, or `apply(learn)` puts it in"
     self.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
     return self
@@ -537,7 +554,7 @@ def fit_swa(self:Learner,
     sched=SchedLin, # Shape between the two
     eval_every:int=0, # Evaluate the average every so many epochs, and after the last. 0: never
     bn_batches:int=None, # Training batches for BatchNorm statistics. None: all
-    save_to=None, # File written after each collection, so that a killed run can be resumed. None: no file
+    save_to=None, # File written at the end of each epoch, so that a killed run can be resumed. None: no file
     load_from=None, # Such a file, to go on from with `start_epoch`
     wd=None, # Weight decay. None: the learner's
     cbs=None, # More callbacks

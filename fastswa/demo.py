@@ -97,7 +97,7 @@ def demo_learner(
     seed:int, # Decides data, order and first weights
     lr:float=.2, # Highest learning rate
 )->Learner: # Not yet trained
-    "What both methods begin with"
+    "What both methods begin with; for training and validating, as its tensors have no transforms that `predict` and `export` could use"
     return Learner(demo_dls(seed), demo_model(), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=.9, wd=5e-4, decouple_wd=False),
                    lr=lr, metrics=accuracy)
 
@@ -259,10 +259,10 @@ def _png(s):
     return p
 
 def _parser():
-    p = _Parser(prog='fastswa_demo', description='Train a small network on bundled digits with SGD and with SWA, compare them in a table and a picture.')
-    p.add_argument('--seeds', type=_whole(1), default=3, metavar='N', help='how often to repeat it with other data, labels and first weights (default 3)')
-    p.add_argument('--epochs', type=_whole(8, ': averaging begins at 75%, and two epochs of it are needed'), default=60, metavar='N', help='epochs of each training (default 60)')
-    p.add_argument('--out', type=_png, default='fastswa_demo.png', metavar='FILE', help='where to write the picture (default fastswa_demo.png)')
+    p = _Parser(prog='fastswa_demo', description='Train a small network on bundled digits, 20%% of the training labels wrong on purpose, with SGD and with SWA; compare them in a table and a picture. About a minute with the defaults.')
+    p.add_argument('--seeds', type=_whole(1), default=3, metavar='N', help='repetitions, each with another split, other wrong labels and first weights (default 3)')
+    p.add_argument('--epochs', type=_whole(8, ': averaging begins at 75%, and two epochs of it are needed'), default=60, metavar='N', help='epochs of each training, at least 8 (default 60)')
+    p.add_argument('--out', type=_png, default='fastswa_demo.png', metavar='FILE', help='where to write the picture, a .png (default fastswa_demo.png)')
     return p
 
 def demo(
