@@ -26,7 +26,7 @@ from fastai.torch_core import get_model, rank_distrib
 
 from .average import WeightAverage, all_finite, unwrap
 from .batchnorm import BNStats, _cancels, _n_batches, bn_layers, learner_stats, side_pass, trained_layers
-from .schedule import Cycles, _is_int, _check_cycles, _check_lr, cycle_lr, draw_sched, group_lrs, sched_authors, swa_cycles
+from .schedule import _is_int, _check_cycles, _check_lr, cycle_lr, draw_sched, group_lrs, sched_authors, swa_cycles
 
 # %% ../nbs/30_callback.ipynb #00ba0aee
 class _SWARefresh(Callback):

@@ -168,7 +168,8 @@ def _fill(s): return textwrap.fill(s, 96)
 
 def _judge(runs, key, sign):
     "Who is better in one column"
-    (name,unit,dec),(a,b) = _columns[key],([o.scores[key]*unit for o in _by_method(runs)[m]] for m in ('SWA','SGD'))
+    name,unit,dec = _columns[key]
+    a,b = ([o.scores[key]*unit for o in _by_method(runs)[m]] for m in ('SWA','SGD'))
     x,y = (f'{mean(o):.{dec}f}' for o in (a,b))
     won = None if x==y else (mean(a)-mean(b))*sign>0
     n = sum((i-j)*sign>0 for i,j in zip(a,b))

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.optim.swa_utils import update_bn as torch_update_bn
 from common import *
-from fastswa.batchnorm import BNStats, _Measure, bn_layers, forward_cbs, learner_stats, rng_kept, side_pass, update_bn
+from fastswa.batchnorm import forward_cbs, rng_kept, update_bn
 
 def cnn(): seed(); return nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4,5,3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(125,3))
 def bns(m): return [o for o in m.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
@@ -174,7 +174,7 @@ def test_stops_after_the_last_layer_but_never_too_early():
     class Tail(nn.Module):
         def forward(self, x): ran.append(1); return x
     x = torch.randn(60,3,9,9)
-    m = nn.Sequential(cnn()[:5], Tail()); ref = nn.Sequential(cnn()[:5], Tail())
+    m = nn.Sequential(cnn()[:5], Tail())
     update_bn(m, list(x.split(10)))
     assert len(ran)==1                                             # only the first batch goes to the end
     class Loop(nn.Module):                                         # the last layer is used as often as the batch says

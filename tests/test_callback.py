@@ -257,7 +257,7 @@ def test_what_is_not_a_fit_is_not_touched(when, tmp_path):
 def test_nested_validate_and_fetch_preds_inside_a_fit():
     class Nested(Callback):
         def after_epoch(self): self.learn.validate() if not self.learn.lock.locked() else None
-    l,swa,spy = learner(),SWA(eval_every=1, start=1, cycle_len=1),Spy()
+    l,swa = learner(),SWA(eval_every=1, start=1, cycle_len=1)
     class Keep(Callback):
         order,run_valid = 2000,False
         ws = []
@@ -547,7 +547,6 @@ def test_interrupted_inside_our_own_passes(exc, which):
             mine = [cb for cb in self.learn.cbs if type(cb).__name__==('_Pump' if which=='refresh' else '_Meter')]
             if mine and self.learn.iter==1: raise exc('boom')
     l,swa,spy = learner(n_valid=150),SWA(start=1, cycle_len=1, eval_every=1),Spy()
-    before = None
     try: fit(l, 4, cbs=[swa, spy, Inner()])
     except (KeyboardInterrupt, RuntimeError) as e: assert 'boom' in str(e) and same(weights(l.model), spy.ws[-1]) and not swa._avg.inside
     else: assert issubclass(exc, (CancelFitException,CancelEpochException,CancelTrainException,CancelValidException,CancelBatchException)) and swa.n_averaged==3
@@ -603,7 +602,6 @@ def test_fit_swa_resumes(tmp_path):
     l = learner()
     with quiet(l):
         with pytest.raises(KeyboardInterrupt): l.fit_swa(6, .1, start=2, cycle_len=1, cbs=[EpochSeed(), Boom('after_epoch', KeyboardInterrupt, 3)], save_to=tmp_path/'s.pt')
-        w = state(l.model)
         got = l.fit_swa(6, .1, start=2, cycle_len=1, cbs=EpochSeed(), load_from=tmp_path/'s.pt', start_epoch=4)
         assert got.collected==want.collected==[15,20,25,30] and same(state(l.model), state(full.model))
         with pytest.warns(UserWarning, match='load_from'): l.fit_swa(6, .1, start=2, cycle_len=1, start_epoch=4)

@@ -2,7 +2,7 @@
 import numpy as np, pytest
 from fastai.callback.schedule import SchedCos, SchedExp, SchedLin
 from hypothesis import given, settings, strategies as st
-from fastswa.schedule import (Cycles, cycle_lr, draw_sched, group_lrs, plot_swa_sched, sched_authors, swa_cycles, swa_lrs)
+from fastswa.schedule import (draw_sched, group_lrs, plot_swa_sched, sched_authors, swa_cycles, swa_lrs)
 
 starts = st.one_of(st.floats(0,.95), st.integers(0,5))
 lens   = st.one_of(st.none(), st.floats(.01,3))
