@@ -286,7 +286,7 @@ def update_bn(
     if not layers: return model
     inner,dev = get_model(model),layers[0].running_mean.device
     total = min(o for o in (len(dl) if hasattr(dl,'__len__') else None, n_batches, 2**62) if o is not None)
-    measure,bar = _Measure(layers),_Bar(total, pbar)
+    measure,bar = _Measure(layers),_Bar(total, pbar and total<2**62)     # no bar for a loader that has no end in sight
     with rng_kept(dl), measure.listening(inner), _force_eager(model):
         try:
             for i,b in enumerate(dl):

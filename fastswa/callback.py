@@ -208,7 +208,7 @@ def _begin(self:SWA, n_iter):
     self._cycles = swa_cycles(self.learn.n_epoch, n_iter, self.start, self.cycle_len)
     self._check_rates(len(self.learn.opt.hypers))
     self._resume_or_reset(unwrap(self.learn.model))
-    self._lrs,self._skipped,self._saved,self._layers = [],self._epoch*n_iter,{},None
+    self._lrs,self._skipped,self._saved = [],self._epoch*n_iter,{}
     self._lo = self._hi = self._moms = None
     self._active = True
     if not self._cycles.ends:
@@ -239,7 +239,7 @@ def _resume_or_reset(self:SWA, model):
     if self._epoch>0 and self._avg is not None and self._avg._model is model:
         if not self._avg.inside or self._avg.is_inside(): return self.restore(self.learn) if self._avg.inside else None
         self._once('lost', f'the model was changed after the average of {self.n_averaged} snapshots had been put into it: that average is gone, a new one begins')
-    self._avg,self._bn,self._own_bn,self._peaks,self.collected = None,None,None,None,[]
+    self._avg,self._bn,self._own_bn,self._layers,self._peaks,self.collected = None,None,None,None,None,[]
 
 @patch
 def _use_loaded(self:SWA, model):
@@ -335,16 +335,18 @@ def _collect(self:SWA):
 
 # %% ../nbs/30_callback.ipynb #3349f376
 @patch
-def _stats(self:SWA):
-    "BatchNorm statistics of the average, which the model holds now"
-    if self._bn is None: self._bn = learner_stats(self.learn, self._layers, self.bn_batches) or BNStats([])
+def _stats(self:SWA, learn):
+    "BatchNorm statistics of the average, which the model of `learn` holds now"
+    if self._bn is None:
+        if self._layers is None: self._layers = trained_layers(learn)
+        self._bn = learner_stats(learn, self._layers, self.bn_batches) or BNStats([])
     return self._bn
 
 @patch
 @contextmanager
 def _lent(self:SWA):
     "Inside the block the model is the averaged one"
-    with self._avg.swapped(unwrap(self.learn.model)), self._stats().lent(): yield
+    with self._avg.swapped(unwrap(self.learn.model)), self._stats(self.learn).lent(): yield
 
 @patch
 def after_validate(self:SWA):
@@ -390,7 +392,7 @@ def _finish(self:SWA):
     for cb in self._trackers('swa_'):
         if isinstance(cb, SaveModelCallback): cb.run = False          # it would load the best average over the last weights; see _install
     if self.n_averaged:
-        with self._avg.swapped(unwrap(self.learn.model)): self._stats()
+        with self._avg.swapped(unwrap(self.learn.model)): self._stats(self.learn)
     elif self._cycles.ends and self._epoch>=0:
         self._once('nothing', f'the fit ended after {self._done} iterations, the first cycle would have ended after {self._cycles.ends[0]}: '
                               'nothing was averaged, the model has its last weights')
@@ -435,8 +437,7 @@ def apply(self:SWA,
     Raises TypeError without a learner, RuntimeError if nothing has been averaged or the average is gone."""
     model = self._known(learn, 'apply')
     if self._bn is None:
-        layers = trained_layers(learn) if self._layers is None else self._layers
-        with self._avg.swapped(model): self._bn = learner_stats(learn, layers, self.bn_batches) or BNStats([])
+        with self._avg.swapped(model): self._stats(learn)
     self._put(model)
 
 @patch
@@ -465,7 +466,7 @@ def swa_model(self:SWA)->nn.Module:
     if self._bn is None and self._learn is None and bn_layers(model):
         warnings.warn('the BatchNorm statistics of this copy are those of the last weights: the fit was interrupted before they could be measured. Call swa.apply(learn) first.')
     with self._avg.swapped(model):
-        bn = self._bn if self._bn is not None or self._learn is None else self._stats()
+        bn = self._bn if self._bn is not None or self._learn is None else self._stats(self._learn)
         with (BNStats([]) if bn is None else bn).lent():
             try: res = deepcopy(model)
             except Exception as e:

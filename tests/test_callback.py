@@ -607,6 +607,34 @@ def test_fit_swa_resumes(tmp_path):
         with pytest.warns(UserWarning, match='load_from'): l.fit_swa(6, .1, start=2, cycle_len=1, start_epoch=4)
         l.fit_swa(0)
 
+@pytest.mark.parametrize('how', ['loaded','same process'])
+def test_resumed_between_two_collections_is_refreshed_all_the_same(how, tmp_path):
+    "Evaluated, and cancelled, before the resumed fit has collected anything itself"
+    class Stop(Callback):
+        order,run_valid = 200,False
+        def after_batch(self):
+            if self.learn.epoch==7 and self.learn.iter==2: raise CancelFitException
+    kw = dict(start=2, cycle_len=3)                            # collects after epochs 5 and 8
+    l,part = learner(),SWA(**kw, save_to=tmp_path/'s.pt')
+    with pytest.raises(KeyboardInterrupt): fit(l, 8, cbs=[part, Boom('after_epoch', KeyboardInterrupt, 5)])
+    swa = SWA(**kw).load(tmp_path/'s.pt') if how=='loaded' else part
+    swa.eval_every = 1
+    fit(l, 8, start_epoch=6, cbs=[swa,Stop()])
+    assert swa.n_averaged==1 and swa._bn.layers==[l.model[1],l.model[4]] and math.isfinite(l.recorder.values[6][-2])
+    ref = net(); ref.load_state_dict(l.model.state_dict()); update_bn(ref.train(), [X[:200]])
+    torch.testing.assert_close(l.model[1].running_mean, ref[1].running_mean, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(l.model[1].running_var,  ref[1].running_var,  atol=1e-6, rtol=1e-5)
+
+def test_interrupted_before_statistics_and_loaded_elsewhere(tmp_path):
+    "A file without statistics or layers, resumed and cancelled at once"
+    l = learner(); fit(l, 4, cbs=SWA(save_to=tmp_path/'s.pt'))
+    state = torch.load(tmp_path/'s.pt', weights_only=True); state.update(bn=None, layers=None)
+    class Stop(Callback):
+        order,run_valid = 200,False
+        def after_batch(self): raise CancelFitException
+    swa = SWA(start=0, cycle_len=1); swa.load_state_dict(state); fit(l, 2, cbs=[swa,Stop()])
+    assert swa._bn.layers==[l.model[1],l.model[4]]
+
 def test_a_file_of_another_moment_is_noticed(tmp_path):
     l,swa = learner(),SWA(start=1, cycle_len=1, save_to=tmp_path/'s.pt'); fit(l, 4, cbs=swa)
     for epoch,n in ((2,1),(4,0),(5,1)):
