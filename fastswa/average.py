@@ -238,6 +238,22 @@ def _uninterrupted():
     finally: signal.signal(signal.SIGINT, old)
     if came: old(*came[0])
 
+# %% ../nbs/00_average.ipynb #f866fee0
+@contextmanager
+def lend(
+    params, # Parameters
+    values, # As many tensors of their shapes, of any type, on any device
+):
+    "Inside the block the parameters have these values, their own again after it: pointers are exchanged, and only what has another type or device is copied"
+    own = [p.data for p in params]
+    try:
+        with _uninterrupted():
+            for p,v in zip(params,values): p.data = v.detach() if (v.dtype,v.device)==(p.dtype,p.device) else v.to(p.device, p.dtype)
+        yield
+    finally:
+        with _uninterrupted():
+            for p,o in zip(params,own): p.data = o
+
 # %% ../nbs/00_average.ipynb #64509fde
 @patch
 @contextmanager
@@ -250,14 +266,7 @@ def swapped(self:WeightAverage,
     self._need()
     if not self._check(model): raise ValueError('swapped() lends the mean to the model it was made for: use copy_to(model) for another one')
     if self.inside: yield model; return
-    own = [p.data for p in self._params]
-    try:
-        with _uninterrupted():
-            for p,a in zip(self._params,self._others): p.data = a if (a.dtype,a.device)==(p.dtype,p.device) else a.to(p.device, p.dtype)
-        yield model
-    finally:
-        with _uninterrupted():
-            for p,o in zip(self._params,own): p.data = o
+    with lend(self._params, self._others): yield model
 
 # %% ../nbs/00_average.ipynb #854ecaae
 @patch
