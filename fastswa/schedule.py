@@ -150,7 +150,7 @@ def draw_sched(
     ax.plot(x[at], lrs[at], 'o', ms=4.5, color='C3', label=f'weights collected ({len(ends)})', clip_on=False, zorder=3)
     ax.set(xlabel='epoch', ylabel='learning rate', xlim=(0, max(x[-1], 1/cycles.n_iter)), ylim=(0, 1.08*max(np.nanmax(lrs), 1e-12)))
     for s in ('top','right'): ax.spines[s].set_visible(False)
-    if ends: ax.legend(frameon=False, loc='best')
+    if ends: ax.legend(frameon=False, loc='lower right', bbox_to_anchor=(1,.98), borderaxespad=0)   # above the curve, wherever that is
     return ax
 
 # %% ../nbs/10_schedule.ipynb #1fc18b72
