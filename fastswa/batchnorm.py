@@ -232,12 +232,13 @@ def rng_kept(
 # %% ../nbs/20_batchnorm.ipynb #2eba0fdd
 class _Bar:
     "A progress bar that appears once the work proves to take more than a few seconds"
-    def __init__(self, total, show=True, parent=None): self.total,self.show,self.parent,self.bar,self.t0 = total,show,parent,None,time.time()
+    def __init__(self, total, show=True, parent=None, comment='BatchNorm statistics'):
+        self.total,self.show,self.parent,self.comment,self.bar,self.t0 = total,show,parent,comment,None,time.time()
     def update(self, i):
         spent = time.time()-self.t0
         if self.show and self.bar is None and spent>1 and spent/i*self.total>4:
             self.bar = progress_bar(range(self.total), parent=self.parent, leave=False)
-            self.bar.comment = 'BatchNorm statistics'
+            self.bar.comment = self.comment
             self.bar.update(0)
             self.bar.start_t = self.t0
         if self.bar is not None: self.bar.update(i)
@@ -260,10 +261,10 @@ def _force_eager(model):
     compiled = any(hasattr(m,'_orig_mod') or getattr(m,'_compiled_call_impl',None) is not None for m in model.modules())
     return torch.compiler.set_stance('force_eager') if compiled and hasattr(torch.compiler,'set_stance') else nullcontext()
 
-def _n_batches(n, name='n_batches'):
+def _n_batches(n, name='n_batches', what='batches', none=True):
     is_int = isinstance(n, Integral) and not isinstance(n, bool)
-    if n is not None and not (is_int and n>0):
-        raise (ValueError if is_int else TypeError)(f'{name}={n!r}: give a positive number of batches, or None for all of them')
+    if not (n is None and none) and not (is_int and n>0):
+        raise (ValueError if is_int else TypeError)(f'{name}={n!r}: give a positive number of {what}'+', or None for all of them'*none)
 
 # %% ../nbs/20_batchnorm.ipynb #ef66efcf
 def update_bn(

@@ -26,14 +26,186 @@ from fastai.torch_core import get_model, rank_distrib
 
 from .average import WeightAverage, all_finite, unwrap
 from .batchnorm import BNStats, _cancels, _n_batches, bn_layers, learner_stats, side_pass, trained_layers
-from .schedule import _is_int, _check_cycles, _check_lr, cycle_lr, draw_sched, group_lrs, sched_authors, swa_cycles
+from .schedule import Cycles, _is_int, _check_cycles, _check_lr, cycle_lr, draw_sched, group_lrs, sched_authors, swa_cycles
 
-# %% ../nbs/30_callback.ipynb #00ba0aee
-class _SWARefresh(Callback):
-    "Before anything else dismantles the fit: measure BatchNorm statistics for the average"
+# %% ../nbs/30_callback.ipynb #e02434dc
+class CycleCallback(Callback):
+    "Goes through the iterations of a fit, sets the learning rate within its cycles, and takes the weights when one ends"
+    order,run_valid,remove_on_fetch = 55,False,True
+    _stateattrs = ('_lrs','_tuning','_lead','collected')
+    # What a fit sets has its default here: a missing attribute would be looked up in the learner and then in the model
+    _learn,_helpers,_armed,_active,_tuning,_lead = None,(),False,False,None,None
+    _epoch,_done,_due,_cycles,_n_iter,start = -1,0,math.inf,None,0,None
+    _peaks,_moms,_lrs,_skipped,_moved,_told = None,None,[],0,False,set()
+    collected = []   # iterations at which weights were taken (a fit makes its own list)
+
+    __setattr__ = object.__setattr__   # `start` or `sched` as an attribute of somebody's model is no reason for a warning here
+
+    @property
+    def learn(self): return self._learn
+    @learn.setter
+    def learn(self, learn):
+        old = self._learn
+        if learn is not None and old is learn: raise ValueError(f'this {type(self).__name__} is attached to the learner already: do not pass it to fit as well')
+        if learn is not None and old is not None: old.remove_cb(self)        # it moves from one learner to another
+        elif old is not None: old.remove_cbs(self._helpers)
+        self._learn = learn
+        if learn is not None: learn.add_cbs(self._helpers)
+
+    def _once(self, key, msg):
+        if key in self._told: return
+        self._told.add(key)
+        warnings.warn_explicit(msg, UserWarning, 'fastswa/callback.py', 0, registry={})   # once in each fit: Python's own register would say once in each process
+
+    def _before_any(self, first): "Also before what is not a fit; `first`: whether this is the frozen part of a `fine_tune`"
+    def _before_fit(self, first): "Before a fit, which may still turn out to be a `tta`"
+    def _check_rates(self, n_groups): "ValueError for learning rates that do not suit so many parameter groups"
+    def _resume_or_reset(self, model): "Go on with what was collected, or begin anew"
+    def _begun(self): "The plan is made, training is about to begin"
+
+# %% ../nbs/30_callback.ipynb #6a644750
+def _fine_tuning():
+    "The call of `fine_tune` that this fit is part of, or None"
+    code,f = inspect.unwrap(Learner.fine_tune).__code__,sys._getframe()
+    while f is not None and f.f_code is not code: f = f.f_back
+    return f
+
+@patch
+def _first_of_fine_tune(self:CycleCallback):
+    "Whether this is the first of the two fits of a `fine_tune`, the one with a frozen body. The second one counts"
+    f = _fine_tuning()
+    first = f is not None and f is not self._tuning
+    self._tuning = f if first else None
+    return first
+
+@patch
+def before_fit(self:CycleCallback):
+    is_fit = not (self.learn.lock.locked() or self.learn._grab_cbs(LRFinder) or hasattr(self.learn, 'gather_preds'))
+    first = is_fit and self._first_of_fine_tune()
+    self._before_any(first)
+    if self.learn.lock.locked(): return       # validate or get_preds, perhaps inside a fit: not ours
+    self._armed,self._active,self._epoch,self._told,self._moved = False,False,-1,set(),False
+    if not is_fit: return
+    self._before_fit(first)
+    self._find_lead()
+    self._armed = not first                   # not yet active: tta begins like a fit, but never trains
+
+# %% ../nbs/30_callback.ipynb #ffebe470
+@patch
+def _find_lead(self:CycleCallback):
+    "Whose learning rates these are: None if our own, or those of no such callback"
+    all_ = [cb for cb in self.learn.cbs if isinstance(cb, CycleCallback)]
+    drivers = [cb for cb in all_ if cb._drives(all_)]
+    if len(drivers)>1:
+        a,b = (type(cb).__name__ for cb in drivers[:2])
+        raise ValueError(f'{a} and {b} would both set the learning rate of this fit. Beside SWA, an FGE() without arguments takes its members where SWA collects; '
+                         'beside an ensemble, SWA(swa_lr=False) averages its members. Anything else needs a fit for each.')
+    self._lead = next((cb for cb in drivers if cb is not self), None)
+
+# %% ../nbs/30_callback.ipynb #088e0cec
+@patch
+def before_epoch(self:CycleCallback):
+    if not self._armed or self.learn.lock.locked(): return
+    self._epoch += 1
+
+@patch
+def before_train(self:CycleCallback):
+    if not self._armed or self.learn.lock.locked(): return
+    if not self._active: self._begin(len(self.learn.dls.train))
+    self._done = self._epoch*self._n_iter
+    self._look_ahead()
+
+@patch
+def _look_ahead(self:CycleCallback):
+    "When the next cycle ends"
+    k = bisect_right(self._cycles.ends, self._done)
+    self._due = self._cycles.ends[k] if k<len(self._cycles.ends) else math.inf
+
+@patch
+def _begin(self:CycleCallback, n_iter):
+    "The first training of this fit: now it is one"
+    self._n_iter,self._cycles = n_iter,self._plan(self.learn.n_epoch, n_iter)
+    self._check_rates(len(self.learn.opt.hypers))
+    self._resume_or_reset(unwrap(self.learn.model))
+    self._lrs,self._skipped,self._moms = [],self._epoch*n_iter,None
+    self._active,name = True,type(self).__name__
+    if not self._cycles.ends:
+        why = f'this fit has {self.learn.n_epoch} epochs' if n_iter else 'the training DataLoader has no batch (fewer items than a batch, and drop_last?)'
+        who,hint = (name,'') if self.start is None else (f'{name}(start={self.start!r})', 'A share such as start=0.75 fits every length.' if n_iter else '')
+        self._once('never', f'{who} will never start, {why}: nothing is {self._done_to_it}. {hint}')
+    elif self._lead is None and self._drives([]) and self.learn._grab_cbs(ReduceLROnPlateau):
+        self._once('plateau', f'{name} sets the learning rate from iteration {self._cycles.begin} on, ReduceLROnPlateau has no effect there{self._leave_lr}')
+    self._begun()
+
+# %% ../nbs/30_callback.ipynb #c09138b1
+@patch
+def after_pred(self:CycleCallback):
+    "Set this iteration's learning rate, after every scheduler and before the step"
+    if not self._active: return
+    opt,it = self.learn.opt,min(self._done, (self._epoch+1)*self._n_iter-1)
+    if it<=self._cycles.begin or self._peaks is None:
+        lrs = np.array([h['lr'] for h in opt.hypers], dtype=float)
+        self._peaks = lrs if self._peaks is None or len(self._peaks)!=len(lrs) else np.maximum(self._peaks, lrs)
+    lrs = self._rates(it) if self._lead is None else None
+    if lrs is None: return
+    if self._moms is None and 'mom' in opt.hypers[0]: self._moms = [h['mom'] for h in opt.hypers]
+    opt.set_hyper('lr', [float(o) for o in lrs])
+    if self._moms is not None: opt.set_hyper('mom', self._moms)     # a momentum that went on following 1cycle would not fit a rate that doesn't
+
+@patch
+def _scheduled(self:CycleCallback):
+    "Learning rate of each group (or of all) at 51 places of a scheduled fit, shape (51, groups or 1); None where no schedule is known"
+    sched = next((cb.scheds['lr'] for cb in self.learn._grab_cbs(ParamScheduler) if 'lr' in cb.scheds), None)
+    return None if sched is None else np.array([np.atleast_1d(sched(p)) for p in np.linspace(0, 1, 51)], dtype=float)
+
+# %% ../nbs/30_callback.ipynb #cee2b598
+@patch
+def after_batch(self:CycleCallback):
+    if not self._active: return
+    self._moved = True
+    if self._done<(self._epoch+1)*self._n_iter:      # an epoch that has grown since the beginning of the fit ends where it was planned to
+        self._done += 1
+        self._lrs.append(self.learn.opt.hypers[-1]['lr'])
+    if self._done>=self._due and self._done%self._n_iter: self._collect()
+
+@patch
+def after_train(self:CycleCallback):
+    if not self._active or self.learn.lock.locked(): return
+    self._done = (self._epoch+1)*self._n_iter                # also where the epoch was cut short
+    self._lrs += [math.nan]*(self._done-self._skipped-len(self._lrs))
+    if self._done>=self._due: self._collect()
+
+@patch
+def _collect(self:CycleCallback):
+    self._look_ahead()
+    if not self._moved: return                                      # an epoch that was cancelled before its first batch
+    self._moved,model = False,unwrap(self.learn.model)
+    if not all_finite(model.parameters()):
+        self._once('finite', f'the weights are not finite after {self._done} iterations (the training diverged?): such snapshots are left out')
+        return
+    self._take(model)
+    self.collected.append(self._done)
+
+@patch
+def _check_collected(self:CycleCallback):
+    if not self.collected and self._cycles.ends and self._epoch>=0:
+        self._once('nothing', f'the fit ended after {self._done} iterations, the first weights would have been collected after {self._cycles.ends[0]}: nothing was {self._done_to_it}, the model has its last weights')
+
+# %% ../nbs/30_callback.ipynb #47e21099
+@patch
+def plot_sched(self:CycleCallback,
+    ax=None, # matplotlib axes; None: a new figure
+):
+    "Draw the learning rate of the last fit, with a dot wherever weights were collected. Raises RuntimeError before a fit"
+    if not len(self._lrs): raise RuntimeError('nothing to draw before a fit: see plot_swa_sched for a picture of a fit to come')
+    return draw_sched([*[math.nan]*self._skipped, *self._lrs], self._cycles, [o for o in self.collected if o>self._skipped], ax)
+
+# %% ../nbs/30_callback.ipynb #f1548f47
+class _Refresh(Callback):
+    "Before anything else dismantles the fit: measure BatchNorm statistics"
     order = -60
-    def __init__(self, swa): self.swa_ = swa
-    def after_fit(self): self.swa_._finish()
+    def __init__(self, cb): self.cb = cb
+    def after_fit(self): self.cb._finish()
 
 class _SWAInstall(Callback):
     "After everything else, SaveModel's loading of its best weights included: put the average into the model"
@@ -56,20 +228,14 @@ class _Meter(Callback):
         vals = [m.value for m in self.mets]
         return [math.nan if v is None else v.item() if hasattr(v, 'item') else v for v in vals]
 
-# %% ../nbs/30_callback.ipynb #6a644750
-def _fine_tuning():
-    "The call of `fine_tune` that this fit is part of, or None"
-    code,f = inspect.unwrap(Learner.fine_tune).__code__,sys._getframe()
-    while f is not None and f.f_code is not code: f = f.f_back
-    return f
-
+# %% ../nbs/30_callback.ipynb #6bb1a7f3
 def _check_sched(sched):
     try: ok = callable(sched) and np.isfinite(float(sched(1., .1)(.5)))
     except Exception: ok = False
     if not ok: raise TypeError(f'sched must be a fastai schedule function of (start, end), such as SchedLin or SchedCos, not {sched!r}')
 
-# %% ../nbs/30_callback.ipynb #07bb9c77
-class SWA(Callback):
+# %% ../nbs/30_callback.ipynb #649d5b72
+class SWA(CycleCallback):
     """Stochastic weight averaging: after the fit `learn.model` predicts with the mean of the weights found at the end of each learning rate cycle.
 
     The average is aligned so that its last cycle ends with the fit; BatchNorm statistics are those of the training data for the averaged
@@ -77,15 +243,10 @@ class SWA(Callback):
     One extra set of weights is held, in float32 at least. Raises TypeError or ValueError here, before any training, for arguments no fit could use, and at the
     start of a fit for a `cycle_len` that doesn't fit into it or a list of another length than there are parameter groups.
     Source: Izmailov et al. 2018, Algorithm 1."""
-    order,run_valid,remove_on_fetch = 55,False,True
-    _stateattrs = ('_avg','_bn','_own_bn','_layers','_loaded','_lrs','_saved','_tuning','collected')
-    # What a fit sets has its default here: a missing attribute would be looked up in the learner and then in the model
-    _learn,_helpers,_armed,_active,_tuning = None,(),False,False,None
+    _stateattrs = CycleCallback._stateattrs+('_avg','_bn','_own_bn','_layers','_loaded','_saved')
     _avg,_bn,_own_bn,_layers,_loaded = None,None,None,None,None    # the mean; its statistics; those of the weights it replaced; layers that trained; a state
-    _epoch,_done,_due,_cycles,_names = -1,0,math.inf,None,[]
-    _peaks,_lo,_hi,_moms,_lrs,_skipped = None,None,None,None,[],0
-    _value_now,_moved,_told,_saved = False,False,set(),{}
-    collected = []   # iterations at which weights went into the average (a fit makes its own list)
+    _names,_lo,_hi,_value_now,_saved = [],None,None,False,{}
+    _done_to_it,_leave_lr = 'averaged',': use SWA(swa_lr=False) to leave it in charge'
     def __init__(self,
         start:float=0.75, # When averaging begins. float in [0,1): share of the fit. int: epochs trained before it
         swa_lr=None, # Learning rate at the end of each cycle: a number, slice or list. None: half of the highest so far. False: leave the fit's schedule alone
@@ -110,58 +271,30 @@ class SWA(Callback):
         if save_to is not None and not isinstance(save_to, (str,os.PathLike)): raise TypeError(f'save_to={save_to!r}: give the path of a file, or None')
         self.start,self.swa_lr,self.cycle_len,self.swa_lr_max,self.sched = start,swa_lr,cycle_len,swa_lr_max,sched
         self.eval_every,self.bn_batches,self.save_to = eval_every,bn_batches,save_to
-        self._helpers = _SWARefresh(self),_SWAInstall(self)
+        self._helpers = _Refresh(self),_SWAInstall(self)
 
-    __setattr__ = object.__setattr__   # `start` or `sched` as an attribute of somebody's model is no reason for a warning here
     def __repr__(self): return f'SWA(n_averaged={self.n_averaged})'
-
-    @property
-    def learn(self): return self._learn
-    @learn.setter
-    def learn(self, learn):
-        old = self._learn
-        if learn is not None and old is learn: raise ValueError('this SWA is attached to the learner already: do not pass it to fit as well')
-        if learn is not None and old is not None: old.remove_cb(self)        # it moves from one learner to another
-        elif old is not None: old.remove_cbs(self._helpers)
-        self._learn = learn
-        if learn is not None: learn.add_cbs(self._helpers)
 
     @property
     def n_averaged(self)->int:
         "Number of snapshots in the average"
         return self._avg.n if self._avg is not None else self._loaded['n'] if self._loaded else 0
 
-    def _once(self, key, msg):
-        if key in self._told: return
-        self._told.add(key)
-        warnings.warn_explicit(msg, UserWarning, 'fastswa/callback.py', 0, registry={})   # once in each fit: Python's own register would say once in each process
-
-# %% ../nbs/30_callback.ipynb #ffebe470
+# %% ../nbs/30_callback.ipynb #278299f4
 @patch
-def before_fit(self:SWA):
-    is_fit = not (self.learn.lock.locked() or self.learn._grab_cbs(LRFinder) or hasattr(self.learn, 'gather_preds'))
-    is_first = is_fit and self._first_of_fine_tune()
-    self._add_columns(on=not is_first)
-    if self.learn.lock.locked(): return       # validate or get_preds, perhaps inside a fit: not ours
-    self._armed,self._active,self._epoch,self._told,self._value_now,self._moved = False,False,-1,set(),False,False
-    if not is_fit: return
+def _before_any(self:SWA, first): self._add_columns(on=not first)
+
+@patch
+def _before_fit(self:SWA, first):
     if len(self.learn._grab_cbs(SWA))>1:
         raise ValueError('this learner has two SWA callbacks, and only one average can end up in the model: remove one (learn.remove_cb)')
-    for cb in self._trackers('swa_'): cb.run = not is_first       # a fit that was interrupted may have left it off
-    if is_first: return
+    self._value_now = False
+    for cb in self._trackers('swa_'): cb.run = not first       # a fit that was interrupted may have left it off
+    if first: return
     for cb in self._trackers('swa_'):
         if cb.monitor not in self._names:
             raise ValueError(f"{type(cb).__name__} monitors '{cb.monitor}', a column this fit does not have: "
                              + (f'choose among {self._names}' if self._names else 'use SWA(eval_every=1)'))
-    self._armed = True                        # not yet active: tta begins like a fit, but never trains
-
-@patch
-def _first_of_fine_tune(self:SWA):
-    "Whether this is the first of the two fits of a `fine_tune`, the one with a frozen body. Averaging starts with the second"
-    f = _fine_tuning()
-    first = f is not None and f is not self._tuning
-    self._tuning = f if first else None
-    return first
 
 @patch
 def _add_columns(self:SWA, on):
@@ -181,42 +314,21 @@ def _trackers(self:SWA, prefix):
     "Trackers that watch a column whose name begins so"
     return [cb for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.monitor.startswith(prefix)]
 
-# %% ../nbs/30_callback.ipynb #088e0cec
+# %% ../nbs/30_callback.ipynb #07d830d1
 @patch
-def before_epoch(self:SWA):
-    if not self._armed or self.learn.lock.locked(): return
-    self._epoch += 1
-    self._value_now = False
+def _drives(self:SWA, cbs): return self.swa_lr is not False
 
 @patch
-def before_train(self:SWA):
-    if not self._armed or self.learn.lock.locked(): return
-    if not self._active: self._begin(len(self.learn.dls.train))
-    self._done = self._epoch*self._cycles.n_iter
-    self._look_ahead()
+def _plan(self:SWA, n_epoch, n_iter):
+    "Cycles of its own or, where an ensemble sets the learning rate, what is left of the ensemble's after `start`"
+    own = swa_cycles(n_epoch, n_iter, self.start, self.cycle_len)
+    if self._lead is None or self.cycle_len is not None: return own
+    return Cycles(own.begin, tuple(o for o in self._lead._plan(n_epoch, n_iter).ends if o>own.begin), n_iter)
 
 @patch
-def _look_ahead(self:SWA):
-    "When the next cycle ends"
-    k = bisect_right(self._cycles.ends, self._done)
-    self._due = self._cycles.ends[k] if k<len(self._cycles.ends) else math.inf
-
-# %% ../nbs/30_callback.ipynb #c09138b1
-@patch
-def _begin(self:SWA, n_iter):
-    "The first training of this fit: now it is one"
-    self._cycles = swa_cycles(self.learn.n_epoch, n_iter, self.start, self.cycle_len)
-    self._check_rates(len(self.learn.opt.hypers))
-    self._resume_or_reset(unwrap(self.learn.model))
-    self._lrs,self._skipped,self._saved = [],self._epoch*n_iter,{}
-    self._lo = self._hi = self._moms = None
-    self._active = True
-    if not self._cycles.ends:
-        why = f'this fit has {self.learn.n_epoch} epochs' if n_iter else 'the training DataLoader has no batch (fewer items than a batch, and drop_last?)'
-        self._once('never', f'SWA(start={self.start!r}) will never start, {why}: nothing is averaged. ' + ('A share such as start=0.75 fits every length.' if n_iter else ''))
-    elif self.swa_lr is False: self._check_annealing()
-    elif self.learn._grab_cbs(ReduceLROnPlateau):
-        self._once('plateau', f'SWA sets the learning rate from iteration {self._cycles.begin} on, ReduceLROnPlateau has no effect there: use SWA(swa_lr=False) to leave it in charge')
+def _begun(self:SWA):
+    self._lo,self._hi,self._saved = None,None,{}
+    if self._cycles.ends and self.swa_lr is False: self._check_annealing()
 
 @patch
 def _check_rates(self:SWA, n_groups):
@@ -226,7 +338,7 @@ def _check_rates(self:SWA, n_groups):
     if self.swa_lr is not None and self.swa_lr_max is not None and (hi<lo).any():
         raise ValueError(f'swa_lr_max={self.swa_lr_max} is below swa_lr={self.swa_lr}: a cycle begins at swa_lr_max and falls to swa_lr, swap them')
 
-# %% ../nbs/30_callback.ipynb #cee2b598
+# %% ../nbs/30_callback.ipynb #0d271023
 @patch
 def _resume_or_reset(self:SWA, model):
     "A state that was loaded is continued, and so is the average of a fit that goes on with `start_epoch`; else a new one begins"
@@ -253,87 +365,51 @@ def _use_loaded(self:SWA, model):
     self._peaks = None if state['peaks'] is None else np.array(state['peaks'])
     self.collected,self._loaded = list(state['collected']),None
 
-# %% ../nbs/30_callback.ipynb #47e21099
+# %% ../nbs/30_callback.ipynb #3349f376
 @patch
 def _check_annealing(self:SWA):
-    vals = self._scheduled()
-    if vals and vals[-1]<max(vals)/100: self._warn_annealing()
-
-@patch
-def _scheduled(self:SWA):
-    "Highest learning rate of the groups at 51 places of a scheduled fit; nothing where no schedule is known"
-    sched = next((cb.scheds['lr'] for cb in self.learn._grab_cbs(ParamScheduler) if 'lr' in cb.scheds), None)
-    return [] if sched is None else [float(np.max(sched(p))) for p in np.linspace(0, 1, 51)]
+    lrs = self._scheduled() if self._lead is None else None
+    if lrs is not None and lrs[-1].max()<lrs.max()/100: self._warn_annealing()
 
 @patch
 def _warn_annealing(self:SWA):
     self._once('anneal', "the fit's own schedule anneals the learning rate to almost nothing while SWA averages (swa_lr=False): the mean of an annealing "
                          'tail tends to be worse than its last weights. Use SWA(swa_lr=None), which holds half of the highest rate.')
 
-# %% ../nbs/30_callback.ipynb #278299f4
+# %% ../nbs/30_callback.ipynb #f8479296
 @patch
-def after_pred(self:SWA):
-    "Set this iteration's learning rate, after every scheduler and before the step"
-    if not self._active: return
-    opt,it = self.learn.opt,min(self._done, (self._epoch+1)*self._cycles.n_iter-1)
-    if it<=self._cycles.begin or self._peaks is None:
-        lrs = np.array([h['lr'] for h in opt.hypers], dtype=float)
-        self._peaks = lrs if self._peaks is None or len(self._peaks)!=len(lrs) else np.maximum(self._peaks, lrs)
+def _rates(self:SWA, it):
+    "Learning rates of the groups in iteration `it`; None outside of the cycles"
     pos = self._cycles.pos(it)
-    if pos is None or self.swa_lr is False: return
-    if self._lo is None: self._hold(opt)
+    if pos is None or self.swa_lr is False: return None
+    if self._lo is None: self._hold()
     with np.errstate(invalid='ignore', divide='ignore'): lrs = cycle_lr(pos, self._lo, self._hi, self.sched)
     # an exponential shape from 0 to 0 is no number; a group that doesn't train goes on so
-    opt.set_hyper('lr', [float(o) if h or l else 0. for o,l,h in zip(lrs, self._lo, self._lo if self._hi is None else self._hi)])
-    if self._moms is not None: opt.set_hyper('mom', self._moms)     # a momentum that went on following 1cycle would not fit a rate that doesn't
+    return [o if h or l else 0. for o,l,h in zip(lrs, self._lo, self._lo if self._hi is None else self._hi)]
 
 @patch
-def _hold(self:SWA, opt):
+def _hold(self:SWA):
     "The rates of all cycles to come"
     self._lo = group_lrs(self.swa_lr, self._peaks)
     self._hi = None if self.swa_lr_max is None else group_lrs(self.swa_lr_max, self._peaks, 'swa_lr_max')
-    self._moms = [h['mom'] for h in opt.hypers] if 'mom' in opt.hypers[0] else None
-    top = max(self._scheduled(), default=0.)
+    sched = self._scheduled()
+    top = 0. if sched is None else sched.max()
     if self._lo.max()==0: self._once('zero', 'the learning rate is 0 while SWA averages: the weights do not move, and there is nothing to average. Give swa_lr, or a later start')
     elif self.swa_lr is None and self._peaks.max()<top/2:
         self._once('warmup', f'averaging begins while the schedule is still warming up: the rate has reached {self._peaks.max():.2g} of {top:.2g}, and SWA holds half of it. Give swa_lr, or a later start')
     if self._hi is not None and (self._hi<self._lo).any():
         self._once('rising', f'swa_lr_max={self.swa_lr_max} is below the rate that swa_lr={self.swa_lr} means here ({self._lo.max():.2g}): the rate rises within each cycle')
 
-# %% ../nbs/30_callback.ipynb #07d830d1
+# %% ../nbs/30_callback.ipynb #6337489d
 @patch
-def after_batch(self:SWA):
-    if not self._active: return
-    self._moved = True
-    if self._done<(self._epoch+1)*self._cycles.n_iter:      # an epoch that has grown since the beginning of the fit ends where it was planned to
-        self._done += 1
-        self._lrs.append(self.learn.opt.hypers[-1]['lr'])
-    if self._done>=self._due and self._done%self._cycles.n_iter: self._collect()
-
-@patch
-def after_train(self:SWA):
-    if not self._active or self.learn.lock.locked(): return
-    self._done = (self._epoch+1)*self._cycles.n_iter                # also where the epoch was cut short
-    self._lrs += [math.nan]*(self._done-self._skipped-len(self._lrs))
-    if self._done>=self._due: self._collect()
-
-# %% ../nbs/30_callback.ipynb #0d271023
-@patch
-def _collect(self:SWA):
-    self._look_ahead()
-    if not self._moved: return                                      # an epoch that was cancelled before its first batch
-    self._moved,model = False,unwrap(self.learn.model)
+def _take(self:SWA, model):
     self._layers = bn_layers(model)                                 # layers that somebody froze are in evaluation mode now
     if self._avg is None: self._avg = WeightAverage(model)
-    if not all_finite(model.parameters()):
-        self._once('finite', f'the weights are not finite after {self._done} iterations (the training diverged?): such snapshots are left out of the average')
-        return
-    if self.swa_lr is False and self._peaks is not None and self.learn.opt.hypers[-1]['lr']<self._peaks[-1]/100: self._warn_annealing()
+    if self.swa_lr is False and self._lead is None and self._peaks is not None and self.learn.opt.hypers[-1]['lr']<self._peaks[-1]/100: self._warn_annealing()
     self._avg.update(model)
     self._bn = None
-    self.collected.append(self._done)
 
-# %% ../nbs/30_callback.ipynb #3349f376
+# %% ../nbs/30_callback.ipynb #fdd31e63
 @patch
 def _stats(self:SWA, learn):
     "BatchNorm statistics of the average, which the model of `learn` holds now"
@@ -371,7 +447,7 @@ def _evaluate(self:SWA):
         except _cancels: pass
         return meter.values()
 
-# %% ../nbs/30_callback.ipynb #f8479296
+# %% ../nbs/30_callback.ipynb #218e2888
 @patch
 def after_epoch(self:SWA):
     "Trackers of our columns wait while these have no value; SaveModel gets the average to save, as that is what was scored"
@@ -383,8 +459,9 @@ def after_epoch(self:SWA):
         if self.n_averaged:
             with self._lent(): cb.after_epoch()
         if getattr(cb, 'new_best', False): self._saved[cb] = self.n_averaged
+    self._value_now = False
 
-# %% ../nbs/30_callback.ipynb #6337489d
+# %% ../nbs/30_callback.ipynb #2421a96b
 @patch
 def _finish(self:SWA):
     "Order -60 of after_fit"
@@ -393,9 +470,7 @@ def _finish(self:SWA):
         if isinstance(cb, SaveModelCallback): cb.run = False          # it would load the best average over the last weights; see _install
     if self.n_averaged:
         with self._avg.swapped(unwrap(self.learn.model)): self._stats(self.learn)
-    elif self._cycles.ends and self._epoch>=0:
-        self._once('nothing', f'the fit ended after {self._done} iterations, the first cycle would have ended after {self._cycles.ends[0]}: '
-                              'nothing was averaged, the model has its last weights')
+    else: self._check_collected()
 
 @patch
 def _install(self:SWA):
@@ -411,14 +486,14 @@ def _install(self:SWA):
             self._avg._adopt(self._saved[cb])
             self._bn,self.collected = BNStats(self._bn.layers),self.collected[:self._saved[cb]]
 
-# %% ../nbs/30_callback.ipynb #fdd31e63
+# %% ../nbs/30_callback.ipynb #52c6ddb8
 @patch
 def _put(self:SWA, model):
     if not self._avg.inside: self._own_bn = BNStats(self._bn.layers)
     self._avg.apply(model)
     self._bn.install()
 
-# %% ../nbs/30_callback.ipynb #218e2888
+# %% ../nbs/30_callback.ipynb #c6828443
 @patch
 def _known(self:SWA, learn, what):
     "The model of `learn`, with an average that is made for it"
@@ -475,7 +550,7 @@ def swa_model(self:SWA)->nn.Module:
     res.zero_grad(set_to_none=True)
     return res.eval()
 
-# %% ../nbs/30_callback.ipynb #2421a96b
+# %% ../nbs/30_callback.ipynb #291c7366
 @patch
 def copy_to(self:SWA,
     model:nn.Module, # A model of the same architecture
@@ -488,15 +563,7 @@ def copy_to(self:SWA,
         BNStats([unwrap(model).get_submodule(names[m]) for m in self._bn.layers], self._bn.means, self._bn.vars).install()
     return model
 
-@patch
-def plot_sched(self:SWA,
-    ax=None, # matplotlib axes; None: a new figure
-):
-    "Draw the learning rate of the last fit, with a dot wherever weights were collected. Raises RuntimeError before a fit"
-    if not len(self._lrs): raise RuntimeError('nothing to draw before a fit: see plot_swa_sched for a picture of a fit to come')
-    return draw_sched([*[math.nan]*self._skipped, *self._lrs], self._cycles, [o for o in self.collected if o>self._skipped], ax)
-
-# %% ../nbs/30_callback.ipynb #52c6ddb8
+# %% ../nbs/30_callback.ipynb #30d65ffc
 @patch
 def state_dict(self:SWA)->dict:
     "Everything needed to go on in another process: the average, its count and statistics, the highest learning rates"
@@ -522,7 +589,7 @@ def load_state_dict(self:SWA,
     if missing: raise ValueError(f'not the state of an SWA callback: it has no {sorted(missing)}')
     self._loaded,self._avg,self._bn,self._own_bn = dict(state),None,None,None
 
-# %% ../nbs/30_callback.ipynb #c6828443
+# %% ../nbs/30_callback.ipynb #6bde54cb
 @patch
 def save(self:SWA,
     file, # Path
@@ -543,7 +610,7 @@ def load(self:SWA,
     self.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
     return self
 
-# %% ../nbs/30_callback.ipynb #291c7366
+# %% ../nbs/30_callback.ipynb #abe75e94
 @patch
 def fit_swa(self:Learner,
     n_epoch:int, # Epochs in the whole fit

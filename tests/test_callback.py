@@ -6,7 +6,7 @@ import pytest, torch
 from common import *
 from fastswa import callback
 from fastswa.batchnorm import update_bn
-from fastswa.callback import SWA, _SWAInstall, _SWARefresh
+from fastswa.callback import SWA, _SWAInstall, _Refresh
 from fastswa.schedule import swa_cycles, swa_lrs
 
 class Hand(Callback):
@@ -25,7 +25,7 @@ class Streams(Callback):
         cols = [i for i,n in enumerate(rec.metric_names[1:]) if n!='time' and not n.startswith('swa_')]
         self.rng.append(rng_fingerprint(self.learn)); self.vals.append([rec.values[-1][i] for i in cols]); self.losses = list(map(float, rec.losses))
 
-def helpers(learn): return [cb for cb in learn.cbs if isinstance(cb, (_SWARefresh,_SWAInstall))]
+def helpers(learn): return [cb for cb in learn.cbs if isinstance(cb, (_Refresh,_SWAInstall))]
 def mean_of(spy, swa): return spy.mean(swa.collected)
 def assert_is_mean(model, spy, swa, tol=1e-6):
     for p,m in zip(model.parameters(), mean_of(spy, swa)): torch.testing.assert_close(p.detach().double(), m, atol=tol, rtol=tol)
