@@ -3,3 +3,4 @@ from .average import *
 from .schedule import *
 from .batchnorm import *
 from .callback import *
+from .ensemble import *
