@@ -234,16 +234,19 @@ def _take(self:Ensemble, model):
 def _resume_or_reset(self:Ensemble, model):
     "A fit with `start_epoch` goes on with the members up to there, those in a folder of files too; else a new ensemble begins"
     done = self._epoch*self._n_iter
-    stored = _its(self.keep_on) if isinstance(self.keep_on, Path) else []
-    if done and not self._members: self._members = [_file(self.keep_on, o) for o in stored]
-    elif not done:
-        while self._members: self._drop(0)
-        left = _its(self.keep_on) if isinstance(self.keep_on, Path) else []
-        if left: raise ValueError(f'{self.keep_on} holds {len(left)} members of another fit: give another folder or empty this one. To use them call load, to go on with that fit start_epoch')
+    while self._members and not done: self._drop(0)
+    if not isinstance(self.keep_on, torch.device) and not os.access(self._folder(), os.W_OK):    # known now, not when the first member comes
+        raise PermissionError(f'keep_on={self.keep_on}: members cannot be written there')
+    if isinstance(self.keep_on, Path) and not self._members:
+        left = _its(self.keep_on)
+        if done: self._members = [_file(self.keep_on, o) for o in left]
+        elif left: raise ValueError(f'{self.keep_on} holds {len(left)} members of another fit: give another folder or empty this one. To use them call load, to go on with that fit start_epoch')
     its = [self._get(k)['it'] for k in range(self.n_members)]
     for k in reversed(range(len(its))):
         if its[k]>done: self._drop(k)                    # of a walk that is not the one that goes on here
     self.collected = [o for o in its if o<=done]
+    lost = set([o for o in self._cycles.ends if o<=done][-(self.last or 0):])-set(its)
+    if lost: self._once('lost', f'{len(lost)} members of the fit that goes on here are not there: keep_on=Path(folder) has them outlive a process')
     self._peaks = np.array(self._get(-1)['peaks']) if self._members else None
 
 # %% ../nbs/40_ensemble.ipynb #c3d82f29

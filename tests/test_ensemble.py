@@ -524,6 +524,23 @@ def test_resume_from_files(make, new_object, tmp_path):
     assert ens.collected==ref.collected and ens.n_members==ref.n_members
     for a,b in zip(ens.members, ref.members): torch.testing.assert_close(dict(a), dict(b), atol=1e-5, rtol=1e-4)
 
+def test_resume_without_the_members_of_before(recwarn):
+    ens = SnapshotEnsemble(4)
+    with pytest.warns(UserWarning, match='2 members of the fit that goes on here are not there'): fit(learner(), 4, start_epoch=2, cbs=ens)
+    assert ens.collected==[15,20]
+    recwarn.clear()
+    fit(learner(), 4, start_epoch=2, cbs=FGE())
+    with pytest.warns(UserWarning, match='1 members'): fit(learner(), 4, start_epoch=2, cbs=SnapshotEnsemble(4, last=1))
+
+def test_a_folder_that_cannot_be_written_is_known_at_once(tmp_path, monkeypatch):
+    learn = learner()
+    before = state(learn.model)
+    (tmp_path/'file').write_text('')
+    with pytest.raises((FileExistsError,NotADirectoryError)): fit(learn, 4, cbs=FGE(keep_on=tmp_path/'file'))
+    monkeypatch.setattr(ensemble.os, 'access', lambda *args: False)
+    with pytest.raises(PermissionError, match='cannot be written'): fit(learn, 4, cbs=FGE(keep_on=tmp_path/'m'))
+    assert same(before, state(learn.model))
+
 def test_files_of_another_fit_are_not_overwritten(tmp_path):
     a = SnapshotEnsemble(2, keep_on=tmp_path/'m'); learn,_ = fitted(a, 2)
     was = [dict(o) for o in a.members]
