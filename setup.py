@@ -19,4 +19,4 @@ setup(
     packages=find_packages(include=['fastswa', 'fastswa.*']), zip_safe=False,
     python_requires='>='+cfg['min_python'],
     install_requires=cfg['requirements'].split(), extras_require=dict(dev=cfg['dev_requirements'].split()),
-    entry_points=dict(console_scripts=[cfg['console_scripts']], nbdev=['fastswa=fastswa._modidx:d']))
+    entry_points=dict(console_scripts=cfg['console_scripts'].split(), nbdev=['fastswa=fastswa._modidx:d']))
