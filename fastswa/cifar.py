@@ -376,7 +376,7 @@ def run_job(
     if done: learn.load(last)
     if is_swa and (folder/f'{last}.swa').exists(): swa.load(folder/f'{last}.swa')
     if done<n_epoch:
-        if show and done: print(f'{job.name}: going on after epoch {done} of {n_epoch} (--fresh begins anew)', flush=True)
+        if show: print(f'{job.name}: '+(f'going on after epoch {done} of {n_epoch} (--fresh begins anew)' if done else f'{n_epoch} epochs'), flush=True)
         sched = ParamScheduler({'lr': sched_epochs(partial(r.lr_at, swa=is_swa), n_epoch)})
         own = [sched, SeedEpochs(job.seed), Record(folder, _about(job, pixels), rows, swa, _say if show=='lines' else None)]
         if is_swa: own += [swa, _EvalAt(swa, job.marks().values())]
