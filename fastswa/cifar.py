@@ -160,7 +160,7 @@ def _blocks(name, depth, per_block, rest):
 
 def preresnet(
     n_out:int, # Classes
-    depth:int=110, # Layers: 9n+2
+    depth:int=110, # Layers: 9n+2, without the convolutions of shortcuts
     width:int=16, # Channels of the first layer
 )->nn.Module: # For pictures of 32 by 32
     "Pre-activation residual network of bottleneck blocks (He et al. 2016, section 4). Raises ValueError for a depth that no number of blocks gives"
@@ -169,7 +169,7 @@ def preresnet(
 
 def wide_resnet(
     n_out:int, # Classes
-    depth:int=28, # Layers: 6n+4
+    depth:int=28, # Layers: 6n+4, with the convolutions of shortcuts and without the classifier
     widen:int=10, # Times as wide as the first layer
     width:int=16, # Channels of the first layer
 )->nn.Module: # For pictures of 32 by 32
@@ -220,11 +220,11 @@ def cifar_pixels(
     path = Path(path)
     for o in 'train','test':
         if not (path/o).is_dir(): raise ValueError(f'{path} has no folder {o}: expected train/<class>/*.png and test/<class>/*.png, as in the archives of fastai')
-    block = DataBlock((ImageBlock,CategoryBlock), get_items=partial(get_image_files, folders=['train','test']), get_y=parent_label, splitter=FuncSplitter(partial(_in_test, path)))
-    seen = [{parent_label(o) for o in get_image_files(path/k)} for k in ('train','test')]
+    files = sorted(get_image_files(path, folders=['train','test']))     # a file system has no order to count on
+    seen = [{parent_label(o) for o in files if _in_test(path, o)==k} for k in (False,True)]
     if not seen[0]: raise ValueError(f'{path/"train"} has no pictures: expected train/<class>/*.png')
     if seen[0]!=seen[1]: raise ValueError(f'train and test in {path} should have the same classes; only one has {", ".join(sorted(seen[0]^seen[1])[:3])}')
-    dsets = block.datasets(path)
+    dsets = DataBlock((ImageBlock,CategoryBlock), get_y=parent_label, splitter=FuncSplitter(partial(_in_test, path))).datasets(files)
     def read(i):
         dl = TfmdDL(dsets.subset(i), bs=500, after_item=ToTensor(), num_workers=num_workers)
         try: x,y = map(torch.cat, zip(*((x.as_subclass(torch.Tensor),y.as_subclass(torch.Tensor)) for x,y in dl)))
@@ -501,6 +501,6 @@ def main(
         except ValueError as e: p.error(str(e))
         res = run_all(jobs, pixels, o.out, o.budget, o.fresh, 'bar' if sys.stdout.isatty() else 'lines')
     except KeyboardInterrupt:
-        print('\nfastswa_cifar: interrupted; the same command goes on after the last whole epoch', file=sys.stderr)
+        print('\nfastswa_cifar: interrupted; the same command'+' without --fresh'*o.fresh+' goes on after the last whole epoch', file=sys.stderr)
         return 130
     print('', table(res), '', f'All runs: {Path(o.out)/"results.json"}', sep='\n')

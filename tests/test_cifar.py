@@ -189,8 +189,8 @@ def test_pixels(tmp_path, coarse):
     for part,n,p in zip(('train','test'), (n_train,n_test), cifar_pixels(path, num_workers=0)):
         assert p.vocab==sorted(classes) and p.x.shape==(n*len(classes),3,32,32) and p.x.dtype==torch.uint8 and type(p.x) is torch.Tensor
         assert p.split_idx==(part=='test')
-        want = {(Image.open(f).tobytes(),f.parent.name) for f in (path/part).rglob('*.png')}
-        assert {(x.permute(1,2,0).numpy().tobytes(),p.vocab[y]) for x,y in zip(p.x, p.y)}==want
+        want = [(Image.open(f).tobytes(),f.parent.name) for f in sorted((path/part).rglob('*.png'))]
+        assert [(x.permute(1,2,0).numpy().tobytes(),p.vocab[y]) for x,y in zip(p.x, p.y)]==want
 
 def test_pixels_decoded_by_processes(folder, pixels):
     for a,b in zip(pixels, cifar_pixels(folder, num_workers=2)): assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y)
@@ -266,11 +266,24 @@ def test_steps_are_those_of_torch_sgd(model, pixels):
     with learn.no_bar(),learn.no_logging(): learn.fit(6, cbs=ByHand())
     for a,b in zip(learn.model.parameters(), ref.parameters()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
-def test_half_precision_learner(pixels, tmp_path):
-    learn = cifar_learner(cifar_dls(pixels, recipe('vgg16','cifar100'), cpu), tiny['vgg16'](3), recipe('vgg16','cifar100'), fp16=True)
-    assert hasattr(learn, 'mixed_precision') and hasattr(learn, 'channels_last')
-    assert not hasattr(cifar_learner(cifar_dls(pixels, recipe('vgg16','cifar100'), cpu), tiny['vgg16'](3), recipe('vgg16','cifar100')), 'channels_last')
-    assert Job('vgg16','cifar10','swa', fp16=True).name!=Job('vgg16','cifar10','swa').name
+@pytest.mark.filterwarnings('ignore:.*CUDA is not available')
+def test_half_precision(pixels, tmp_path):
+    "Without CUDA fastai leaves the precision as it is, but layout and callbacks are those of a GPU"
+    ws,job = [],Job('preresnet110','cifar100','swa', epochs=4, fp16=True)
+    class Walk(Callback):
+        order = 1000
+        def after_epoch(self): ws.append([p.detach().clone() for p in self.learn.model.parameters()])
+        def after_pred(self): self.last = self.learn.model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    walk = Walk()
+    rows = run_job(job, pixels, tmp_path, net=tiny[job.model], device=cpu, cbs=walk)
+    final = tiny[job.model](3)
+    final.load_state_dict(torch.load(tmp_path/job.name/'model-6.pth', weights_only=True))
+    assert walk.last and len(rows)==6 and job.name.endswith('seed0-fp16-epochs4')
+    for p,*o in zip(final.parameters(), *ws[2:]): torch.testing.assert_close(p.detach(), torch.stack(o).mean(0))
+    assert table(results(tmp_path)).endswith('Half precision; the paper used single precision.')
+    r = recipe('vgg16','cifar100')
+    make = lambda **kw: cifar_learner(cifar_dls(pixels, r, cpu), tiny['vgg16'](3), r, **kw)
+    assert hasattr(make(fp16=True), 'mixed_precision') and not hasattr(make(), 'mixed_precision')
 
 # Stopping and going on
 
@@ -461,14 +474,16 @@ def test_main_goes_on(folder, tmp_path, capsys, small, monkeypatch, whole):
     line = [*args,'--path',str(folder),'--out',str(tmp_path),'--method','swa']
     orig,job = cifar.run_job,jobs[1]
     monkeypatch.setattr(cifar, 'run_job', lambda *a, cbs=None, **kw: orig(*a, cbs=Stop(3), **kw))
-    assert main(line)==130
-    assert 'interrupted; the same command goes on' in capsys.readouterr().err
+    assert main(line)==130 and 'interrupted; the same command goes on' in capsys.readouterr().err
     monkeypatch.setattr(cifar, 'run_job', orig)
     main(line)
     text = capsys.readouterr().out
     assert f'{job.name}: going on after epoch 3 of 6 (--fresh begins anew)' in text
     assert [o.split()[0] for o in text.splitlines() if o.split() and o.split()[0] in '012345'][:3]==['3','4','5']     # nothing shown of what was done before
     check_same(job, read_history(tmp_path/job.name)['rows'], tmp_path, whole)
+    monkeypatch.setattr(cifar, 'run_job', lambda *a, cbs=None, **kw: orig(*a, cbs=Stop(1), **kw))
+    assert main([*line,'--fresh'])==130 and n_rows(job, tmp_path)==1 and 'command without --fresh goes on' in capsys.readouterr().err
+    monkeypatch.setattr(cifar, 'run_job', orig)
     main([*line,'--fresh'])
     text = capsys.readouterr().out
     assert 'going on' not in text and sum('0.' in o and o.split()[0] in list('012345') for o in text.splitlines() if o.split())>=6
@@ -476,8 +491,9 @@ def test_main_goes_on(folder, tmp_path, capsys, small, monkeypatch, whole):
 
 def test_bar_in_a_terminal(folder, tmp_path, capsys, small, monkeypatch):
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
-    main([*args,'--path',str(folder),'--out',str(tmp_path),'--method','sgd'])
-    assert 'Epoch 4/4' in capsys.readouterr().out
+    for budget,n in ('1',4),('1.25',5):
+        main([*args,'--path',str(folder),'--out',str(tmp_path),'--method','swa','--budget',budget])
+        assert f'Epoch {n}/{n}' in capsys.readouterr().out
 
 @pytest.mark.parametrize('data,url,coarse', [('cifar10','CIFAR',False), ('cifar100','CIFAR_100',True)])
 def test_fetched_by_fastai(data, url, coarse, tmp_path, monkeypatch, small, capsys):
