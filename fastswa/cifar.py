@@ -89,7 +89,9 @@ def recipe(
     data:str, # cifar10 or cifar100
     epochs:int=None, # Epochs of one budget, 4 or more, for trying out. None: the authors'
 )->Recipe: # With averaging beginning at the same share of the budget as the authors'
-    "The authors' hyper-parameters. Raises KeyError for an unknown network"
+    """The authors' hyper-parameters. Where fewer than ten epochs come before averaging, the last step down to `swa_lr` comes one epoch before `lr_at` says.
+
+    Raises KeyError for an unknown network. Source: README, train.py and models/ of timgaripov/swa."""
     pre = dict(epochs=150, lr=.1, swa_lr=.05 if data=='cifar100' else .01, swa_start=126, wd=3e-4, stats=cifar_stats)
     r = dict(vgg16=dict(epochs=200, lr=.05, swa_lr=.01, swa_start=161, wd=5e-4, stats=imagenet_stats), preresnet110=pre, preresnet164=pre,
              wrn28x10=dict(epochs=200, lr=.1, swa_lr=.05, swa_start=161, wd=5e-4, stats=cifar_stats))[model]
@@ -332,7 +334,6 @@ class Record(Callback):
 
 class _EvalAt(Callback):
     "The average is measured every five epochs, as by the authors, and where the table wants it"
-    order = SWA.order-1
     def __init__(self, swa, marks): self.swa_,self.marks = swa,marks
     def before_epoch(self):
         n = self.epoch+1

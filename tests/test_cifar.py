@@ -101,7 +101,7 @@ class Rates(Callback):
 
 def linear(n): return nn.Sequential(nn.Flatten(), nn.Linear(12,n))
 
-@pytest.mark.parametrize('job,n_iter', [(Job('preresnet164','cifar10','swa'),1), (Job('vgg16','cifar100','swa', epochs=30),3), (Job('preresnet110','cifar100','sgd', epochs=30),2)])
+@pytest.mark.parametrize('job,n_iter', [(Job('preresnet164','cifar10','swa'),1), (Job('vgg16','cifar100','swa', epochs=12),3), (Job('preresnet110','cifar100','sgd', epochs=20),2)])
 def test_rates_and_collections_of_a_whole_run(job, n_iter, tmp_path, monkeypatch):
     for o,name in (cifar.Learner,'save'),(SWA,'save'),(cifar,'_write_json'): monkeypatch.setattr(o, name, lambda *a, **kw: None)    # not now
     n = 128*n_iter-1
@@ -347,7 +347,7 @@ class Power:
 @pytest.mark.parametrize('job,name,n,how,kept', [
     (jobs[0],'learn',4,'half',3), (jobs[2],'learn',1,'half',0),      # in the model of epoch 4; of epoch 1
     (jobs[0],'swa',2,'before',3),                                      # the second average, that of epoch 4
-    (jobs[0],'history',4,'before',3), (jobs[0],'history',4,'after',4),                              # the step that makes them count
+    (jobs[0],'history',4,'before',3), (jobs[0],'text',4,'half',3), (jobs[0],'history',4,'after',4),                              # the step that makes them count
     (jobs[0],'unlink',2,'before',3), (jobs[0],'history',6,'after',6),     # tidying up; after the last epoch
     (jobs[1],'final',1,'half',6), (jobs[2],'final',1,'before',4)])                                  # the model at the end
 def test_killed_while_writing(job, name, n, how, kept, pixels, tmp_path, whole, monkeypatch):
@@ -355,6 +355,7 @@ def test_killed_while_writing(job, name, n, how, kept, pixels, tmp_path, whole, 
     if name=='learn':   monkeypatch.setattr(cifar.Learner, 'save', lambda self, file, f=Power(lambda path, learn, file: learn_save(learn, file), n, how): f(self.path/f'{file}.pth', self, file))
     if name=='swa':     monkeypatch.setattr(SWA, 'save', lambda self, file, f=Power(lambda file, swa: swa_save(swa, file), n, how): f(file, self))
     if name=='history': monkeypatch.setattr(cifar, '_write_json', Power(cifar._write_json, n, how))
+    if name=='text':    monkeypatch.setattr(Path, 'write_text', lambda self, *a, f=Power(Path.write_text, n, how), **kw: f(self, *a, **kw))
     if name=='unlink':  monkeypatch.setattr(Path, 'unlink', lambda self, f=Power(Path.unlink, n, how): f(self))
     if name=='final':   monkeypatch.setattr(cifar, 'save_model', Power(cifar.save_model, n, how))
     with interrupted(): go(job, pixels, tmp_path)
