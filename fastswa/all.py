@@ -4,3 +4,4 @@ from .schedule import *
 from .batchnorm import *
 from .callback import *
 from .ensemble import *
+from .landscape import *

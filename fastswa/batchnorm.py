@@ -6,7 +6,7 @@
 __all__ = ['update_bn']
 
 # %% ../nbs/20_batchnorm.ipynb #e0f22470
-import inspect, random, time, warnings
+import inspect, random, sys, time, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from numbers import Integral
@@ -315,6 +315,12 @@ def forward_cbs(
 # %% ../nbs/20_batchnorm.ipynb #3a0dd4e4
 _cancels = CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException
 
+def _going_on(learn):
+    "Whether a fit or a validation of `learn` is going on. Its `dl` does not tell: `validate` leaves it behind"
+    f = sys._getframe()
+    while f is not None and not (f.f_code is Learner._with_events.__code__ and f.f_locals.get('self') is learn): f = f.f_back
+    return f is not None
+
 @contextmanager
 def side_pass(
     learn:Learner, # The learner, perhaps in the middle of a fit
@@ -324,12 +330,12 @@ def side_pass(
     "Run batches through the machinery of `learn` inside the block, and find the learner, its model's modes and all random streams unchanged after it"
     kept = forward_cbs(learn.cbs)
     saved,modes = dict(vars(learn)),[(m,m.training) for m in learn.model.modules()]
-    outside = vars(learn).get('dl') is None       # no fit or validation is going on: callbacks are not set up
+    outside = not ('_aside' in vars(learn) or _going_on(learn))       # no fit, validation or other side pass is going on: callbacks are not set up
     try:
         with rng_kept(dl, *learn.dls.loaders, busy=learn.training), _force_eager(learn.model):
             learn.cbs = L(*kept, *cbs)
             for cb in cbs: cb.learn = learn
-            learn.training,learn.dl = False,dl
+            learn.training,learn.dl,learn._aside = False,dl,True
             if outside:
                 learn.epoch,learn.n_epoch = 0,1
                 learn('before_fit')

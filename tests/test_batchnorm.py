@@ -355,3 +355,10 @@ def test_compiled_model_is_measured_without_compiling_again():
     update_bn(c, list(x.split(8)))
     assert torch._dynamo.utils.counters['stats']['unique_graphs']==before
     for a,b in zip(bns(m),bns(c)): torch.testing.assert_close(a.running_mean, b.running_mean); torch.testing.assert_close(a.running_var, b.running_var)
+
+def test_after_validate_too():
+    l = learner(cbs=MixedPrecision()); fit(l, 1)
+    with quiet(l):
+        l.validate()                # leaves its dl behind, as if it were still going on
+        l.update_bn()
+        assert vars(l).get('_aside') is None
