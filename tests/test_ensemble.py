@@ -209,6 +209,7 @@ def test_predictions_are_the_mean_softmax():
             seed(5); a = [learn][:o is ens]
             o.validate(*a); o.get_preds(*a, dl=learn.dls.valid); streams.append(rng_fingerprint(learn))
         assert streams[0]==streams[1]
+        learn.model.train()                             # as a fit may have left it
         preds,targs = ens.get_preds(learn)
         torch.testing.assert_close(preds, hand.float(), atol=1e-6, rtol=1e-5)
         assert torch.equal(targs, Y[200:300])
@@ -242,7 +243,7 @@ def test_all_members_see_the_same_order():
     ens = SnapshotEnsemble(3)
     learn,_ = fitted(ens, 3)
     hand = by_hand(learn, ens, X[:200])
-    for dl in learn.dls.train,torch.utils.data.DataLoader(list(zip(X[:200],Y[:200])), 30, shuffle=True):
+    for dl in learn.dls.train,FastaiDataLoader(list(zip(X[:200],Y[:200])), bs=30, shuffle=True, drop_last=False),torch.utils.data.DataLoader(list(zip(X[:200],Y[:200])), 30, shuffle=True):
         with quiet(learn): preds,targs = ens.get_preds(learn, dl=dl)
         if isinstance(dl, torch.utils.data.DataLoader):             # in the order it was drawn in
             assert not torch.equal(targs, Y[:200])
@@ -255,6 +256,8 @@ def test_all_members_see_the_same_order():
         if isinstance(dl, torch.utils.data.DataLoader): assert loss==pytest.approx(F.nll_loss(hand.log(), Y[:200]).item(), rel=1e-4)
     with quiet(learn): loss,acc = ens.validate(learn, 0)                 # shuffled, 5 whole batches of 40
     assert loss==pytest.approx(F.nll_loss(hand.log(), Y[:200]).item(), rel=1e-4)
+
+multi = (torch.arange(10)[None]<=Y[:,None]).float()                # several labels for each picture
 
 class TwoHeads(nn.Module):
     def __init__(self, kind):
@@ -292,7 +295,6 @@ def test_several_outputs(kind):
         with quiet(learn): (pa,pb),_ = ens.get_preds(learn)
         torch.testing.assert_close(pa, a.float(), atol=1e-5, rtol=1e-4); torch.testing.assert_close(pb, b.float(), atol=1e-5, rtol=1e-4)
 
-multi = (torch.arange(10)[None]<=Y[:,None]).float()                # several labels for each picture
 @pytest.mark.parametrize('loss,act,targ', [
     (nn.CrossEntropyLoss(), lambda o: o.softmax(1), Y), (F.cross_entropy, lambda o: o.softmax(1), Y), (LabelSmoothingCrossEntropy(), lambda o: o.softmax(1), Y),
     (BCEWithLogitsLossFlat(), torch.sigmoid, multi), (nn.BCEWithLogitsLoss(), torch.sigmoid, multi), (F.binary_cross_entropy_with_logits, torch.sigmoid, multi),
@@ -325,6 +327,16 @@ def test_unknown_activation():
         assert ens.validate(learn, act=lambda o: o.softmax(1))[0]==pytest.approx(F.nll_loss(by_hand(learn, ens, X[200:300]).log(), Y[200:300]).item(), rel=1e-4)
 
 def test_confident_members_lose_no_digits():
+    class Loud(nn.Module):
+        def forward(self, x): return 1000*x
+    seed()
+    data = DataLoaders(FastaiDataLoader(list(zip(X[:200],multi[:200])), bs=40, shuffle=True), FastaiDataLoader(list(zip(X[200:300],1-multi[200:300])), bs=64))
+    learn,ens = Learner(data, nn.Sequential(net(), Loud()), loss_func=BCEWithLogitsLossFlat(), opt_func=sgd, lr=1e-9),SnapshotEnsemble(1)
+    fit(learn, 3, cbs=ens)
+    with quiet(learn):
+        loss, = learn.validate()
+        assert loss>20                                    # wrong and very sure
+        assert ens.validate(learn)[0]==pytest.approx(loss, rel=1e-3)
     z = torch.tensor([[60.,0,-60],[300.,0,0]])
     for act,loss in ((lambda o: o.softmax(1)), lambda o: F.cross_entropy(o, torch.tensor([2,1]))),(torch.sigmoid, lambda o: F.binary_cross_entropy_with_logits(o[:,:1], torch.zeros(2,1))):
         a = act(z.double()[:,:2] if act is torch.sigmoid else z.double())
@@ -422,6 +434,7 @@ def test_members_keep_their_values():
         def forward(self, x): self.seen += 1; return self.net(x)
     ens = SnapshotEnsemble(2)
     learn,_ = fitted(ens, 2, model=Counts())
+    learn.model.seen += 100                    # not those of any member
     was,seen = [{k:v.clone() for k,v in o.items()} for o in ens.members],learn.model.seen.clone()
     with quiet(learn): ens.validate(learn); ens.get_preds(learn)
     assert all(alike(a,b) for a,b in zip(was, ens.members)) and learn.model.seen==seen
@@ -477,6 +490,7 @@ def test_what_is_not_a_fit_is_not_touched(tmp_path):
         learn.validate(); learn.get_preds(); learn.lr_find(num_it=6, show_plot=False)
         assert ens.n_members==0
         fit(learn, 2)
+        assert not ens._active and not ens._armed
         was = ens.members
         learn.validate(); learn.get_preds(); learn.lr_find(num_it=6, show_plot=False); ens.validate(learn); ens.get_preds(learn)
     assert ens.n_members==2 and all(a['0.weight'] is b['0.weight'] for a,b in zip(was, ens.members))
@@ -508,19 +522,19 @@ def test_interrupted_fit_keeps_what_there_is():
 @pytest.mark.parametrize('new_object', [True,False])
 @pytest.mark.parametrize('make', [lambda **kw: SnapshotEnsemble(4, **kw), lambda **kw: FGE(start=.2, cycle_len=1, **kw)])
 def test_resume_from_files(make, new_object, tmp_path):
-    ref = make()
-    whole,_ = fitted(ref, 4, shuffle=False)
+    ref,falling = make(),lambda: ParamScheduler({'lr': SchedLin(.2,.05)})       # the highest rate lies before the interruption
+    whole,_ = fitted(ref, 4, shuffle=False, cbs=[falling()])
     class Cut(Callback):
         order = 3000
         def after_epoch(self):
             if self.epoch==1: self.learn.save('cut', with_opt=True)
             if self.epoch==2: raise KeyboardInterrupt             # after a member that the model which goes on has not seen
     ens,learn = make(keep_on=tmp_path/'m'),learner(shuffle=False, path=tmp_path)
-    with pytest.raises(KeyboardInterrupt): fit(learn, 4, cbs=[ens,Cut()])
+    with pytest.raises(KeyboardInterrupt): fit(learn, 4, cbs=[ens,Cut(),falling()])
     learn = learner(shuffle=False, path=tmp_path) if new_object else learn
     learn.load('cut', with_opt=True)
     if new_object: ens = make(keep_on=tmp_path/'m')
-    fit(learn, 4, start_epoch=2, cbs=ens)
+    fit(learn, 4, start_epoch=2, cbs=[ens,falling()])
     assert ens.collected==ref.collected and ens.n_members==ref.n_members
     for a,b in zip(ens.members, ref.members): torch.testing.assert_close(dict(a), dict(b), atol=1e-5, rtol=1e-4)
 
