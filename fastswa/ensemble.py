@@ -105,7 +105,7 @@ def _leaves(o):
     return res
 
 def _log(a): return a.clamp_min(torch.finfo(a.dtype).tiny).log()
-def _logit(a): return _log(a)-_log(1-a)
+def _logit(a): return _log(a)-(1-a).clamp_min(torch.finfo(a.dtype).eps/2).log()      # nothing is closer to 1 than that
 
 def inverse(
     act, # An activation, of a tensor or of several in a tuple, list or dict

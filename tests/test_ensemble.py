@@ -328,20 +328,20 @@ def test_unknown_activation():
 
 def test_confident_members_lose_no_digits():
     class Loud(nn.Module):
-        def forward(self, x): return 1000*x
+        def forward(self, x): return 120*x
     seed()
     data = DataLoaders(FastaiDataLoader(list(zip(X[:200],multi[:200])), bs=40, shuffle=True), FastaiDataLoader(list(zip(X[200:300],1-multi[200:300])), bs=64))
     learn,ens = Learner(data, nn.Sequential(net(), Loud()), loss_func=BCEWithLogitsLossFlat(), opt_func=sgd, lr=1e-9),SnapshotEnsemble(1)
     fit(learn, 3, cbs=ens)
     with quiet(learn):
         loss, = learn.validate()
-        assert loss>20                                    # wrong and very sure
+        assert loss>5 and learn.get_preds(act=noop)[0].abs().max()>20                    # wrong and very sure
         assert ens.validate(learn)[0]==pytest.approx(loss, rel=1e-3)
     z = torch.tensor([[60.,0,-60],[300.,0,0]])
     for act,loss in ((lambda o: o.softmax(1)), lambda o: F.cross_entropy(o, torch.tensor([2,1]))),(torch.sigmoid, lambda o: F.binary_cross_entropy_with_logits(o[:,:1], torch.zeros(2,1))):
         a = act(z.double()[:,:2] if act is torch.sigmoid else z.double())
         out = inverse(act, act(torch.randn(5,3).double()))(a)
-        assert torch.isfinite(out).all() and loss(out)>30
+        assert torch.isfinite(out).all() and 30<loss(out)<700
 
 def test_metrics_are_the_learners_own():
     ens = SnapshotEnsemble(3)
