@@ -180,6 +180,14 @@ def _measuring(learn, metric, n_train, n_valid, total):
         try: yield measure
         finally: bar.close()
 
+# %% ../nbs/50_landscape.ipynb #f0a13d30
+def _table(rows):
+    "Lines of text: one for each row, a column for each heading"
+    heads = list(next(iter(rows.values())))
+    lines = [['', *heads], *([str(k), *(f'{r[h]:.4g}' for h in heads)] for k,r in rows.items())]
+    widths = [max(map(len, col)) for col in zip(*lines)]
+    return '\n'.join('   '.join([l[0].ljust(widths[0]), *(o.rjust(w) for o,w in zip(l[1:],widths[1:]))]).rstrip() for l in lines)
+
 # %% ../nbs/50_landscape.ipynb #9fc02756
 def _sets(weights, n=None):
     "Name -> set of weights, of a dict or a list"
@@ -193,13 +201,6 @@ def _sets(weights, n=None):
 def _dot(a, b): return sum((_real(x)*_real(y)).sum().item() for x,y in zip(a,b))
 def _norm(a): return _dot(a,a)**.5
 def _sub(a, b): return [x-y for x,y in zip(a,b)]
-
-def _table(rows):
-    "Lines of text: one for each row, a column for each heading"
-    heads = list(next(iter(rows.values())))
-    lines = [['', *heads], *([str(k), *(f'{r[h]:.4g}' for h in heads)] for k,r in rows.items())]
-    widths = [max(map(len, col)) for col in zip(*lines)]
-    return '\n'.join('   '.join([l[0].ljust(widths[0]), *(o.rjust(w) for o,w in zip(l[1:],widths[1:]))]).rstrip() for l in lines)
 
 class _Picture:
     "What `Plane`, `Ray` and `Width` share"

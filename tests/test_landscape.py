@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from matplotlib.colors import BoundaryNorm
 from torch import nn
 from common import *
-from fastswa import landscape
+from fastswa import batchnorm, landscape
 from fastswa.average import WeightAverage
 from fastswa.batchnorm import trained_layers, update_bn
 from fastswa.callback import SWA
@@ -156,7 +156,9 @@ def test_filterwise_is_blind_to_scale():
     plain = calm(width, l, dict(small=small, big=big), n=3, n_dirs=3).values[VL]
     assert (plain['small'][:,-1]/plain['big'][:,-1]).mean()>1.1
     raw = [torch.randn(4,3,2),torch.randn(5)]
-    d = landscape._direction(raw, [torch.randn(4,3,2)*torch.arange(4.).view(-1,1,1), torch.ones(5)], True)
+    there = torch.randn(4,3,2)*torch.arange(4.).view(-1,1,1)
+    d = landscape._direction(raw, [there, torch.ones(5)], True)
+    torch.testing.assert_close(d[0].flatten(1).norm(dim=1), there.flatten(1).norm(dim=1))
     assert d[1].abs().sum()==0 and d[0][0].norm()==0 and len(set(torch.nn.functional.cosine_similarity(d[0][1:].flatten(1), raw[0][1:].flatten(1)).round(decimals=4).tolist()))==1
 
 def test_width_default_radius():
@@ -253,7 +255,7 @@ def test_inside_a_fit_and_after_an_interrupted_one():
     class Draw(Callback):
         order = 80
         def after_epoch(self):
-            with warnings.catch_warnings(): res.append(ray(self.learn, ws[0], ws[1], n=3))
+            res.append(ray(self.learn, ws[0], ws[1], n=3))
     class Press(Callback):
         def after_batch(self):
             if self.learn.epoch==1: raise KeyboardInterrupt
@@ -438,6 +440,12 @@ def test_bar(monkeypatch):
     assert shown[0].args[:2]==(total,True) and shown[0].args[3]=='loss surface' and shown[0].n==[*range(1,total+1),'closed']
     calm(ray, l, ws[0], ws[1], n=4, lo=0, hi=1); calm(width, l, ws, n=3, n_dirs=2)
     assert [o.args[:2] for o in shown[1:]]==[(4,False),(15,False)] and all(o.n[-2:]==[o.args[0],'closed'] for o in shown)
+    monkeypatch.setattr(batchnorm, '_Bar', Bar)
+    shown.clear()
+    l,ws = made()
+    ray(l, ws[0], ws[1], n=2, lo=0, hi=1)
+    assert [o.args[1] for o in shown]==[True,False,False]        # no bars for the statistics within ours
+    assert l.create_mbar is True
 
 # ---- pictures
 
@@ -551,6 +559,15 @@ def language(tmp_path):
     cfg = {**awd_lstm_lm_config, 'emb_sz':12, 'n_hid':16, 'n_layers':2}
     return language_model_learner(dls, AWD_LSTM, config=cfg, pretrained=False, path=tmp_path, metrics=accuracy),None
 
+def test_recurrent_networks_keep_their_batches(tmp_path):
+    seed()
+    l,_ = language(tmp_path)
+    ns = []
+    h = l.model.register_forward_pre_hook(lambda m,x: ns.append(len(x[0])))
+    calm(ray, l, None, jitter(l.model, 0), n=2, lo=0, hi=1, n_train=12, n_valid=4)
+    h.remove()
+    assert ns==[4]*8                    # three of training and one of validation, at two places: a state goes from one to the next
+
 def mixed(tmp_path): return learner(cbs=[MixedPrecision(), MixUp()]),None
 def pictures(tmp_path): return Learner(vision(tmp_path)[0].dls, nn.Sequential(ConvLayer(3,4,stride=2), ConvLayer(4,4), nn.Flatten(), nn.Linear(4*16*16,10)), metrics=accuracy),None
 def instance_norm(tmp_path): return learner(nn.Sequential(nn.Conv2d(1,2,1), nn.InstanceNorm2d(2, affine=True), nn.Flatten(), nn.Linear(128,10)), metrics=[]),None
@@ -565,12 +582,10 @@ def test_any_learner(make, tmp_path):
         own,want,n_valid = state(l.model),l.validate(),1 if trained_layers(l) else None
         modes = [m.training for m in l.model.modules()]
         rng = rng_fingerprint(l)
-        p = plot_plane(l, dict(a=ws[0], b=ws[1], now=None), n=3, n_train=8, n_valid=n_valid)
+        r = plot_ray(l, ws[0], None, ('a','now'), n=2, lo=0, hi=1, n_train=8, n_valid=n_valid)
         assert same(state(l.model), own) and rng_fingerprint(l)==rng and [m.training for m in l.model.modules()]==modes
-        assert all(np.isfinite(v).all() for v in p.values.values())
-        if not trained_layers(l): assert p.at['now'][VL]==pytest.approx(want[0], rel=1e-4)
-        r = ray(l, ws[0], None, n=2, lo=0, hi=1, n_train=8, n_valid=n_valid)
-        assert close(r.at['to'], p.at['now'], 1e-4) and close(r.at['from'], p.at['a'], 1e-4)
+        if not trained_layers(l): assert r.at['now'][VL]==pytest.approx(want[0], rel=1e-4)
         w = width(l, [None], n=2, n_dirs=1, n_train=8, n_valid=n_valid)
-        assert w.values[VL]['W1'][0,0]==pytest.approx(p.at['now'][VL], rel=1e-4)
-    assert len(p.values)==(3 if len(l.metrics) else 2)
+        for h,v in w.values.items(): assert v['W1'][0,0]==pytest.approx(r.at['now'][h], rel=1e-4) and np.isfinite([*r.values[h], v['W1'][0,1]]).all()
+        assert r.at['a'][VL]!=r.at['now'][VL]
+    assert len(r.values)==(3 if len(l.metrics) else 2)
