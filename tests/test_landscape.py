@@ -1,5 +1,5 @@
 "Pictures of the loss surface: what is drawn is what the models do, and the learner is left as it was"
-import math, os, random, time, warnings
+import math, random, warnings
 from copy import deepcopy
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
@@ -11,7 +11,7 @@ from fastswa.average import WeightAverage
 from fastswa.batchnorm import trained_layers, update_bn
 from fastswa.callback import SWA
 from fastswa.landscape import *
-from fastswa.landscape import _dot,_join,_keep,_Kept,_levels,_measuring,_norm,_span,_weights
+from fastswa.landscape import _join,_keep,_levels,_norm,_weights
 from test_applications import tabular,text,torch_loaders,vision
 
 TR,VL,VE = 'training loss','validation loss','validation error, %'
