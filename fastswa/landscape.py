@@ -210,7 +210,11 @@ class _Picture:
         if not panels or set(panels)-set(self.values): raise ValueError(f'{what}={panels}: choose among {list(self.values)}')
         return panels
 
-    def _axes(self, heads, width, height): return plt.subplots(1, len(heads), figsize=(width*len(heads),height), layout='constrained', squeeze=False)
+    def _axes(self, heads, width, height, axs):
+        if axs is None: return plt.subplots(1, len(heads), figsize=(width*len(heads),height), layout='constrained', squeeze=False)
+        axs = np.atleast_1d(axs).ravel()
+        if len(axs)!=len(heads): raise ValueError(f'axs: give one for each panel, {len(heads)} for {heads}, not {len(axs)}')
+        return axs[0].figure,[axs]
 
 class _Affine(_Picture):
     "What `Plane` and `Ray` share: an origin and directions"
@@ -281,11 +285,12 @@ class Plane(_Affine):
         panels=None, # Headings to draw, out of `values`. None: all
         top:dict=None, # Heading -> value of the highest level. None, or a heading left out: see above
         cmap='viridis', # matplotlib colour map; the lowest values get its first colour
+        axs=None, # matplotlib axes to draw into, one for each panel. None: a new figure
     ): # matplotlib figure
-        "Draw contours with the points marked. Raises ValueError for an unknown panel or a `top` below all values"
+        "Draw contours with the points marked. Raises ValueError for an unknown panel or a `top` below all values, or another number of axes than panels"
         heads,top = self._heads(panels),top or {}
         if top: self._heads(top, 'top')
-        self.fig,axs = self._axes(heads, 4.4, 4)
+        self.fig,axs = self._axes(heads, 4.4, 4, axs)
         for ax,head in zip(axs[0],heads):
             levels = _levels(self.values[head], [o[head] for o in self.at.values()], top.get(head), _low_is_good(head))
             above = levels[-1]+(levels[-1]-levels[-2])
@@ -341,7 +346,7 @@ def plot_plane(
     metric=None, # Name of a metric. None: the first. False: none
     n_train:int=2000, # Training items. None: all
     n_valid:int=2000, # Validation items. None: all
-    **kwargs # For `Plane.plot`: panels, top, cmap
+    **kwargs # For `Plane.plot`: panels, top, cmap, axs
 )->Plane: # What was measured; its `fig` is the figure
     "Measure and draw the plane through three sets of weights: see `plane` for the parameters and errors"
     res = plane(learn, weights, n, margin, metric, n_train, n_valid)
@@ -371,10 +376,11 @@ class Ray(_Affine):
 
     def plot(self,
         panels=None, # Headings to draw, out of `values`. None: all
+        axs=None, # matplotlib axes to draw into, one for each panel. None: a new figure
     ): # matplotlib figure
-        "Draw a curve for each quantity, both ends marked. Raises ValueError for an unknown panel"
+        "Draw a curve for each quantity, both ends marked. Raises ValueError for an unknown panel, or another number of axes than panels"
         heads = self._heads(panels)
-        self.fig,axs = self._axes(heads, 4, 3.6)
+        self.fig,axs = self._axes(heads, 4, 3.6, axs)
         for ax,head in zip(axs[0],heads):
             y = np.where(np.isfinite(self.values[head]), self.values[head], np.nan)
             ax.plot(self.xs, y, color='C0', marker='.', ms=5)
@@ -427,7 +433,7 @@ def plot_ray(
     metric=None, # Name of a metric. None: the first. False: none
     n_train:int=2000, # Training items. None: all
     n_valid:int=2000, # Validation items. None: all
-    **kwargs # For `Ray.plot`: panels
+    **kwargs # For `Ray.plot`: panels, axs
 )->Ray: # What was measured; its `fig` is the figure
     "Measure and draw the line through two sets of weights: see `ray` for the parameters and errors"
     res = ray(learn, w_from, w_to, names, lo, hi, n, metric, n_train, n_valid)
@@ -459,10 +465,11 @@ class Width(_Picture):
 
     def plot(self,
         panels=None, # Headings to draw, out of `values`. None: all
+        axs=None, # matplotlib axes to draw into, one for each panel. None: a new figure
     ): # matplotlib figure
-        "Draw the mean of all directions, and single ones as thin lines. Raises ValueError for an unknown panel"
+        "Draw the mean of all directions, and single ones as thin lines. Raises ValueError for an unknown panel, or another number of axes than panels"
         heads = self._heads(panels)
-        self.fig,axs = self._axes(heads, 4, 3.6)
+        self.fig,axs = self._axes(heads, 4, 3.6, axs)
         for ax,head in zip(axs[0],heads):
             for i,(name,rays) in enumerate(self.values[head].items()):
                 rays,kw = np.where(np.isfinite(rays), rays, np.nan),_styles[i%len(_styles)]
@@ -519,7 +526,7 @@ def plot_width(
     metric=None, # Name of a metric. None: the first. False: none
     n_train:int=2000, # Training items. None: all
     n_valid:int=2000, # Validation items. None: all
-    **kwargs # For `Width.plot`: panels
+    **kwargs # For `Width.plot`: panels, axs
 )->Width: # What was measured; its `fig` is the figure
     "Measure and draw how fast losses rise around sets of weights: see `width` for the parameters and errors"
     res = width(learn, weights, radius, n, n_dirs, filterwise, seed, metric, n_train, n_valid)

@@ -493,6 +493,18 @@ def test_plot_options():
     cs = fig.axes[0].collections[0]
     assert cs.levels[-1]==2 and cs.cmap.name=='cividis'
 
+def test_axes_of_ones_own():
+    l,ws = made(plain_net())
+    kw = dict(n_train=1, n_valid=1)
+    p,r,w = calm(plane, l, ws, n=3, **kw),calm(ray, l, ws[0], ws[1], n=2, **kw),calm(width, l, ws[:2], n=2, n_dirs=1, **kw)
+    fig,axs = plt.subplots(1, 4)
+    for o,ax in zip((p,r,w),axs): assert o.plot(VL, axs=ax) is fig and ax.get_xlabel() and (ax.lines or ax.collections)
+    assert not axs[3].lines and not axs[3].collections
+    p.plot([TR,VL], axs=axs[2:])
+    assert [o.get_title() for o in axs[2:]]==[TR,VL]
+    for o in p,r,w:
+        with pytest.raises(ValueError, match='axs: give one for each panel'): o.plot([TR,VL], axs=axs[0])
+
 def test_levels_of_odd_values():
     z = np.full((3,3), .5)
     assert (np.diff(_levels(z, [.5], None, True))>0).all() and (np.diff(_levels(z*math.nan, [math.nan], None, True))>0).all()
