@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['update_bn']
 
-# %% ../nbs/20_batchnorm.ipynb #e0f22470
+# %% ../nbs/20_batchnorm.ipynb #5bbdd8c3
 import inspect, random, sys, time, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial

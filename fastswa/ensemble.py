@@ -62,7 +62,7 @@ def fge_cycles(
     n_epoch:int, # Epochs in the whole fit
     n_iter:int, # Iterations in an epoch
     start:float=.8, # When cycles begin, at the earliest. float in [0,1): share of the fit. int: epochs before them
-    cycle_len:float=None, # Epochs in a cycle, fractions allowed. None: four, or less so that there are five members
+    cycle_len:float=None, # Epochs in a cycle, fractions allowed. None: four, or less so that there are at least five members
 )->Cycles: # `ends` are the middles, where members are taken; none where the fit is over before `start`
     """Cycles of an even number of iterations, whose last middle is the end of the fit. They begin up to one cycle later than `start`.
 
@@ -458,7 +458,7 @@ class FGE(Ensemble):
         start:float=None, # When cycles begin. float in [0,1): share of the fit. int: epochs before them. None: .8, or as a neighbouring SWA has it
         lr_max=None, # Learning rate between cycles: a number, slice or list. None: half of the highest so far
         lr_min=None, # Learning rate in mid-cycle, where members are taken. None: a hundredth of `lr_max`
-        cycle_len:float=None, # Epochs in a cycle, above 0, fractions allowed. None: four, or less so that there are five members
+        cycle_len:float=None, # Epochs in a cycle, above 0, fractions allowed. None: four, or less so that there are at least five members
         last:int=None, # Keep only the last so many members, 1 or more. None: all
         keep_on='cpu', # Where members are: 'cpu', 'disk' (files that go with this object), Path('folder') (files that stay), or a torch device
         bn_batches:int=0, # Training batches for each member's BatchNorm statistics, measured when the fit ends. 0: the running ones it had. None: all batches

@@ -496,9 +496,12 @@ def test_what_is_not_a_fit_is_not_touched(tmp_path):
     assert ens.n_members==2 and all(a['0.weight'] is b['0.weight'] for a,b in zip(was, ens.members))
 
 def test_fine_tune_second_fit_only():
-    ens = SnapshotEnsemble(2)
-    learn,spy = fitted(None, 2, method='fine_tune', cbs=[ens], splitter=two_groups)
-    assert ens.collected==[5,10]
+    ens,had = SnapshotEnsemble(2),[]
+    class Look(Callback):
+        order = 2000
+        def before_validate(self): had.append(ens.n_members)
+    learn,spy = fitted(None, 2, method='fine_tune', cbs=[ens,Look()], splitter=two_groups)
+    assert ens.collected==[5,10] and had==[0,1,2]                # after one frozen epoch, and after each of the two others
 
 def test_never_started_and_nothing_collected():
     with pytest.warns(UserWarning, match=r'FGE\(start=9\) will never start.*nothing is collected'): fitted(FGE(start=9), 2)
