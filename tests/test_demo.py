@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 from fastswa import demo
-from fastswa.demo import Run,demo_dls,demo_learner,demo_split,fit_run,main,plot,random_shift,run_seed,table,verdict,wrong_labels
+from fastswa.demo import Run,demo_dls,demo_learner,demo_split,fit_run,main,plot,random_shift,run_seed,table,verdict,walk_plane,wrong_labels
 from fastswa.callback import SWA
+from fastswa.ensemble import FGE,SnapshotEnsemble
 from fastswa.schedule import sched_authors,swa_cycles
 
 root,n_epoch = Path(__file__).resolve().parent.parent,8
@@ -69,21 +70,37 @@ def test_shift():
 
 def test_table_is_what_the_learners_do(runs):
     lines = table(runs).splitlines()
-    assert lines[0].split('   ')[-1]=='forward passes' and len(lines)==3 and len(set(map(len, lines)))==1
-    for run,line in zip(runs, lines[1:]):
+    assert lines[0].split('   ')[-1]=='forward passes' and len(lines)==5 and len(set(map(len, lines)))==1
+    for run,line in zip(runs[:2], lines[1:]):
         model = run.learn.model.eval()
         with torch.no_grad(): (tx,ty),(x,y) = ((model(o.dataset.tensors[0]), o.dataset.tensors[1]) for o in (run.learn.dls[1],run.learn.dls[2]))
         acc,loss,train = 100*(tx.argmax(1)==ty).float().mean().item(),F.cross_entropy(tx,ty).item(),F.cross_entropy(x,y).item()
         assert line.split()==[run.method, f'{acc:.2f}', f'{loss:.3f}', f'{train:.3f}', '1']
         assert abs(run.scores['accuracy']*100-acc)<1e-4 and abs(run.scores['test_loss']-loss)<1e-5 and abs(run.scores['train_loss']-train)<1e-5
 
+def test_ensembles_are_measured_as_ensembles(runs):
+    for run,cb,n in zip(runs[2:], (SnapshotEnsemble(5),FGE()), (5,8)):
+        learn = demo_learner(0)
+        with learn.no_bar(),learn.no_logging(): learn.fit(n_epoch, cbs=cb)
+        members = cb.members
+        for k,i in ('test_loss',1),('train_loss',2):
+            x,y = learn.dls[i].dataset.tensors
+            p = 0
+            for state in members:
+                learn.model.load_state_dict(state)
+                with torch.no_grad(): p += learn.model.eval()(x).double().softmax(1)/len(members)
+            assert run.scores[k]==pytest.approx(F.nll_loss(p.log(), y).item(), rel=1e-4)
+            if i==1: assert run.scores['accuracy']==pytest.approx((p.argmax(1)==y).float().mean().item())
+        assert run.cost==len(members)==n and run.collected==tuple(cb.collected)
+
 def test_histories_and_scores_agree(runs):
-    sgd,swa = runs
+    sgd,swa,*_ = runs
     assert sgd.scores['accuracy']==pytest.approx(sgd.acc[-1]) and swa.scores['accuracy']==pytest.approx(swa.swa_acc[-1])
     assert np.isnan(swa.swa_acc).tolist()==[True]*6+[False]*2 and len(sgd.acc)==len(swa.acc)==n_epoch and not len(sgd.swa_acc)
 
 def test_same_start(runs):
-    sgd,swa = runs
+    sgd,swa,snap,fge = runs
+    assert fge.acc[:6]==swa.acc[:6]                          # a constant rate until FGE's cycles begin
     for o in 'train','valid': assert all(torch.equal(a,b) for a,b in zip(getattr(sgd.learn.dls,o).dataset.tensors, getattr(swa.learn.dls,o).dataset.tensors))
     assert sgd.acc[:4]==swa.acc[:4] and sgd.acc!=swa.acc     # until SGD's rate falls
 
@@ -93,6 +110,7 @@ def test_swa_is_the_mean(runs):
         def after_epoch(self): ws.append([p.detach().clone() for p in self.learn.model.parameters()])
     with learn.no_bar(),learn.no_logging(): learn.fit(n_epoch, cbs=Keep())   # a constant rate is all that SWA changes here
     for p,*o in zip(runs[1].learn.model.parameters(), *ws[-2:]): torch.testing.assert_close(p.detach(), sum(o)/2)
+    for state,w in zip(runs[1].walk.members, ws[-2:]): assert all(torch.equal(a,b) for a,b in zip([state[k] for k,_ in learn.model.named_parameters()], w))
 
 def test_deterministic(runs):
     torch.rand(7), np.random.rand(7)                         # whatever was drawn before
@@ -126,13 +144,18 @@ def test_verdict_judges_separately():
     v = verdict(made_up('SGD', [.93], [.38]) + made_up('SWA', [.92], [.37]))
     assert 'Test accuracy: SWA did not win here' in v and 'Test loss: SWA won' in v
     v = verdict(made_up('SGD', [.93], [.38]) + made_up('SWA', [.93], [.3801]))
-    assert v.count('a tie')==2 and 'won' not in v
+    assert v.count('a tie')==2 and 'won' not in v and 'forward passes' not in v and 'ensemble' not in v
+
+def test_verdict_has_the_ensembles():
+    v = verdict(made_up('SGD', [.93]*2, [.38]*2) + made_up('SWA', [.94]*2, [.37]*2) + made_up('snapshots', [.95,.96], [.4]*2, cost=5) + made_up('FGE', [.94]*2, [.4]*2, cost=4)).replace('\n',' ')
+    assert 'Test accuracy for forward passes per prediction: SWA 94.00 for 1, snapshots 95.50 for 5, FGE 94.00 for 4.' in v and 'less sure still' in v
 
 # The picture
 
 def test_plot(runs, tmp_path):
     fig = plot(runs, tmp_path/'a.png')
     assert (tmp_path/'a.png').read_bytes().startswith(b'\x89PNG')
+    assert len(fig.axes)==2                                  # of two snapshots there is no plane
     (swa,sgd,dots),(w,s,avg) = (o.lines for o in fig.axes)
     cyc,n = swa_cycles(n_epoch, 10, .75, 1),10*n_epoch
     f = sched_authors(.2, .002, 1.)
@@ -144,6 +167,23 @@ def test_plot(runs, tmp_path):
     np.testing.assert_allclose(avg.get_ydata(), 100*np.array(runs[1].swa_acc))
     for ax in fig.axes: assert ax.get_xlabel()=='epoch' and ax.get_ylabel()
     assert len({(o.get_linestyle(),o.get_linewidth()) for o in (w,s,avg)})==3      # without colours too
+
+def test_plane_of_the_walk(tmp_path):
+    walk = FGE()
+    run = fit_run('SWA', demo_learner(0), 16, SWA(swa_lr=.2, cycle_len=1, eval_every=1), walk=walk)
+    assert walk.n_members==4
+    pl = walk_plane(run, 5)
+    names = [k for k,_ in run.learn.model.named_parameters()]
+    w = [torch.cat([walk.members[i][k].flatten().double() for k in names]) for i in (1,2,3)]
+    for i,a in enumerate(w):
+        for j,b in enumerate(w):
+            p,q = (np.array(pl.points[f'$W_{k+1}$']) for k in (i,j))
+            assert np.linalg.norm(p-q)==pytest.approx((a-b).norm().item(), rel=1e-4)     # distances in the picture are those of the weights
+    fig = plot([*made_up('SGD', [.9], [.4], lrs=run.lrs, acc=run.acc), run])
+    ax = fig.axes[2]
+    at = {o.get_label():(o.get_xdata()[0],o.get_ydata()[0]) for o in ax.lines if not o.get_label().startswith('_')}
+    for k,p in pl.points.items(): np.testing.assert_allclose(at[k], p, rtol=1e-5, atol=1e-5)
+    assert ax.get_title()=='test loss' and ax.get_xlabel()
 
 def test_plot_means_over_seeds(runs):
     fig = plot([*runs, *runs])
@@ -200,15 +240,15 @@ def test_defaults(monkeypatch, tmp_path, capsys, runs):
     monkeypatch.setattr(demo, 'run_seed', run)
     monkeypatch.chdir(tmp_path)
     assert main([]) is None
-    assert asked==[(0,60),(1,60),(2,60)] and Path('fastswa_demo.png').exists()
+    assert asked==[(0,60),(1,60)] and Path('fastswa_demo.png').exists()
     out = capsys.readouterr().out
-    assert table([*runs]*3) in out and '20% of the training labels are replaced by a\nwrong one' in out and max(map(len, out.splitlines()))<=96 and 'standard deviation' in out
+    assert table([*runs]*2) in out and '20% of the training labels are replaced by a\nwrong one' in out and max(map(len, out.splitlines()))<=96 and 'standard deviation' in out
 
 def test_bar_in_a_terminal(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
     main(['--seeds','1','--epochs','8','--out',str(tmp_path/'a.png')])
     out = capsys.readouterr().out
-    assert '100.00% [16/16' in out and out.count('\n')<30
+    assert '100.00% [32/32' in out and out.count('\n')<30
     assert '\r' not in out[out.rindex('\r')+1:] and out[out.rindex('\r')+1:].lstrip().startswith('test accuracy')   # the bar has gone when the table comes
 
 def test_from_another_folder_into_a_pipe(tmp_path, runs):
