@@ -277,6 +277,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fastswa.demo.run_seed': ('demo.html#run_seed', 'fastswa/demo.py'),
                               'fastswa.demo.table': ('demo.html#table', 'fastswa/demo.py'),
                               'fastswa.demo.verdict': ('demo.html#verdict', 'fastswa/demo.py'),
+                              'fastswa.demo.walk_plane': ('demo.html#walk_plane', 'fastswa/demo.py'),
                               'fastswa.demo.wrong_labels': ('demo.html#wrong_labels', 'fastswa/demo.py')},
             'fastswa.ensemble': { 'fastswa.ensemble.Ensemble': ('ensemble.html#ensemble', 'fastswa/ensemble.py'),
                                   'fastswa.ensemble.Ensemble.__init__': ('ensemble.html#ensemble.__init__', 'fastswa/ensemble.py'),
