@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['snapshot_lr', 'snapshot_cycles', 'fge_lr', 'fge_cycles', 'Ensemble', 'SnapshotEnsemble', 'FGE']
 
-# %% ../nbs/40_ensemble.ipynb #7d64984a
-import itertools, math, os, tempfile
+# %% ../nbs/40_ensemble.ipynb #d8a1fe70
+import itertools, math, os, shutil, tempfile, weakref
 from contextlib import contextmanager
 from functools import partial
 from numbers import Real
@@ -213,8 +213,9 @@ def _folder(self:Ensemble):
         if self._tmp is None:
             base = self.learn.path/self.learn.model_dir
             base.mkdir(parents=True, exist_ok=True)
-            self._tmp = tempfile.TemporaryDirectory(prefix=f'{type(self).__name__}_', dir=base)     # it goes when this object does
-        folder = Path(self._tmp.name)
+            self._tmp = Path(tempfile.mkdtemp(prefix=f'{type(self).__name__}_', dir=base))
+            weakref.finalize(self, shutil.rmtree, self._tmp, ignore_errors=True)        # it goes when this object does
+        folder = self._tmp
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
