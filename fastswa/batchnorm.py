@@ -192,7 +192,7 @@ def _stateful(dl):
         elif isinstance(dl, torch.utils.data.DataLoader): yield from (dl, dl.sampler, dl.batch_sampler, getattr(dl.batch_sampler,'sampler',None))
         dl = vars(dl).get('dl') if hasattr(dl,'__dict__') else None    # a distributed loader wraps another
 
-_streams = {random.Random: ('getstate','setstate'), torch.Generator: ('get_state','set_state')}
+_streams = {random.Random: ('getstate','setstate'), torch.Generator: ('get_state','set_state'), np.random.RandomState: ('get_state','set_state')}
 
 def _snapshot(o):
     "A function that puts the loader or sampler `o` back to what it is now"
@@ -201,6 +201,7 @@ def _snapshot(o):
     for v in attrs.values():
         for cls,(get,put) in _streams.items():
             if isinstance(v, cls): undo.append((getattr(v,put), getattr(v,get)()))
+        if isinstance(v, np.random.Generator): undo.append((partial(setattr, v.bit_generator, 'state'), v.bit_generator.state))
         if isinstance(v, ReindexCollection): undo.append((partial(_put_back, v.idxs), list(v.idxs)))    # shuffled in place by a language model's loader
     def restore():
         vars(o).clear(); vars(o).update(attrs)

@@ -362,3 +362,13 @@ def test_after_validate_too():
         l.validate()                # leaves its dl behind, as if it were still going on
         l.update_bn()
         assert vars(l).get('_aside') is None
+
+@pytest.mark.parametrize('rng', [np.random.default_rng(3), np.random.RandomState(3)], ids=['Generator','RandomState'])
+def test_streams_that_a_sampler_keeps_for_itself(rng):
+    class Sampler(torch.utils.data.Sampler):
+        def __init__(self): self.rng = rng
+        def __iter__(self): return iter(self.rng.permutation(20).tolist())
+        def __len__(self): return 20
+    dl = torch.utils.data.DataLoader(torch.arange(20), 5, sampler=Sampler())
+    with rng_kept(dl): a = torch.cat(list(dl))
+    assert torch.equal(torch.cat(list(dl)), a) and not torch.equal(torch.cat(list(dl)), a)
