@@ -35,7 +35,7 @@ class CycleCallback(Callback):
     _stateattrs = ('_lrs','_tuning','_lead','collected')
     # What a fit sets has its default here: a missing attribute would be looked up in the learner and then in the model
     _learn,_helpers,_armed,_active,_tuning,_lead = None,(),False,False,None,None
-    _epoch,_done,_due,_cycles,_n_iter,start = -1,0,math.inf,None,0,None
+    _epoch,_done,_due,_cycles,_n_iter,start,_to_come = -1,0,math.inf,None,0,None,''
     _peaks,_moms,_lrs,_skipped,_moved,_told = None,None,[],0,False,set()
     collected = []   # iterations at which weights were taken (a fit makes its own list)
 
@@ -98,6 +98,7 @@ def _find_lead(self:CycleCallback):
     drivers = [cb for cb in all_ if cb._drives(all_)]
     if len(drivers)>1:
         a,b = (type(cb).__name__ for cb in drivers[:2])
+        if a==b: raise ValueError(f'two {a} callbacks would both set the learning rate of this fit: remove one, or give each a fit of its own')
         raise ValueError(f'{a} and {b} would both set the learning rate of this fit. Beside SWA, an FGE() without arguments takes its members where SWA collects; '
                          'beside an ensemble, SWA(swa_lr=False) averages its members. Anything else needs a fit for each.')
     self._lead = next((cb for cb in drivers if cb is not self), None)
@@ -128,6 +129,7 @@ def _begin(self:CycleCallback, n_iter):
     self._check_rates(len(self.learn.opt.hypers))
     self._resume_or_reset(unwrap(self.learn.model))
     self._lrs,self._skipped,self._moms = [],self._epoch*n_iter,None
+    if self._skipped and self._peaks is None: self._peaks = self._peaks_before(self._skipped)
     self._active,name = True,type(self).__name__
     if not self._cycles.ends:
         why = f'this fit has {self.learn.n_epoch} epochs' if n_iter else 'the training DataLoader has no batch (fewer items than a batch, and drop_last?)'
@@ -153,10 +155,17 @@ def after_pred(self:CycleCallback):
     if self._moms is not None: opt.set_hyper('mom', self._moms)     # a momentum that went on following 1cycle would not fit a rate that doesn't
 
 @patch
-def _scheduled(self:CycleCallback):
-    "Learning rate of each group (or of all) at 51 places of a scheduled fit, shape (51, groups or 1); None where no schedule is known"
+def _scheduled(self:CycleCallback, upto=1.):
+    "Learning rate of each group (or of all) at 51 places of a scheduled fit, up to a share of it, shape (51, groups or 1); None where no schedule is known"
     sched = next((cb.scheds['lr'] for cb in self.learn._grab_cbs(ParamScheduler) if 'lr' in cb.scheds), None)
-    return None if sched is None else np.array([np.atleast_1d(sched(p)) for p in np.linspace(0, 1, 51)], dtype=float)
+    return None if sched is None else np.array([np.atleast_1d(sched(p)) for p in np.linspace(0, upto, 51)], dtype=float)
+
+@patch
+def _peaks_before(self:CycleCallback, it):
+    "Highest rates that a scheduled fit had before iteration `it`, which it goes on from; None where no schedule is known"
+    total = self.learn.n_epoch*self._n_iter
+    lrs = self._scheduled(min(it, self._cycles.begin)/total) if total else None
+    return None if lrs is None else np.array(np.broadcast_to(lrs.max(0), len(self.learn.opt.hypers)))
 
 # %% ../nbs/30_callback.ipynb #cee2b598
 @patch
@@ -197,7 +206,7 @@ def plot_sched(self:CycleCallback,
     ax=None, # matplotlib axes; None: a new figure
 ):
     "Draw the learning rate of the last fit, with a dot wherever weights were collected. Raises RuntimeError before a fit"
-    if not len(self._lrs): raise RuntimeError('nothing to draw before a fit: see plot_swa_sched for a picture of a fit to come')
+    if not len(self._lrs): raise RuntimeError(f'nothing to draw before a fit{self._to_come}')
     return draw_sched([*[math.nan]*self._skipped, *self._lrs], self._cycles, [o for o in self.collected if o>self._skipped], ax)
 
 # %% ../nbs/30_callback.ipynb #f1548f47
@@ -246,7 +255,7 @@ class SWA(CycleCallback):
     _stateattrs = CycleCallback._stateattrs+('_avg','_bn','_own_bn','_layers','_loaded','_saved')
     _avg,_bn,_own_bn,_layers,_loaded = None,None,None,None,None    # the mean; its statistics; those of the weights it replaced; layers that trained; a state
     _names,_lo,_hi,_value_now,_saved = [],None,None,False,{}
-    _done_to_it,_leave_lr = 'averaged',': use SWA(swa_lr=False) to leave it in charge'
+    _to_come,_done_to_it,_leave_lr = ': see plot_swa_sched for a picture of a fit to come','averaged',': use SWA(swa_lr=False) to leave it in charge'
     def __init__(self,
         start:float=0.75, # When averaging begins. float in [0,1): share of the fit. int: epochs trained before it
         swa_lr=None, # Learning rate at the end of each cycle: a number, slice or list. None: half of the highest so far. False: leave the fit's schedule alone

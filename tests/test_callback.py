@@ -348,6 +348,17 @@ def test_early_stopping_waits_for_the_first_average():
     fit(l, 10, cbs=[swa, EarlyStoppingCallback(monitor='swa_loss', patience=2), Scripted([0]*4+[5,4,6,7,8,9])])
     assert len(l.recorder.values)==8 and swa.n_averaged==4      # epochs 4-7: best at 5, two without improvement
 
+def test_trackers_wait_in_an_epoch_that_was_cancelled():
+    "The value of the epoch before is none of this one"
+    class Cancel(Callback):
+        def before_batch(self):
+            if self.training and self.epoch==4: raise CancelEpochException()
+    swa,l,seen = SWA(eval_every=1, start=2, cycle_len=1),learner(),[]
+    class Look(TrackerCallback):
+        def after_epoch(self): seen.append(self.epoch)
+    fit(l, 6, cbs=[swa, Cancel(), Look(monitor='swa_loss')])
+    assert seen==[2,3,5]
+
 def test_early_stopping_waits_between_evaluations():
     l = learner(); fit(l, 8, cbs=[SWA(eval_every=3, start=1, cycle_len=1), EarlyStoppingCallback(monitor='swa_loss', patience=1), Scripted([9,9,5,5,5,4,4,3])])
     assert len(l.recorder.values)==8
