@@ -109,6 +109,7 @@ def _metric(learn, metric):
     mets = [m for m in learn.metrics if not isinstance(m, ValueMetric)]      # those do not depend on the model
     if metric is False or (metric is None and not mets): return [],{}
     m = next((m for m in mets if metric in (None,m.name)), None)
+    if metric is not None and m is not None and len(learn.dls.loaders)<2: raise ValueError(f'metric={metric!r}: this learner has no validation data to measure it on')
     if m is None: raise ValueError(f'metric={metric!r} is none of the learner: choose among {[m.name for m in mets]}, or False for no metric')
     if m.name in ('accuracy','error_rate'): head = 'validation error, %'
     elif 'accuracy' in m.name: head = f'validation 1 - {m.name}, %'
@@ -288,6 +289,7 @@ class Plane(_Affine):
         axs=None, # matplotlib axes to draw into, one for each panel. None: a new figure
     ): # matplotlib figure
         "Draw contours with the points marked. Raises ValueError for an unknown panel or a `top` below all values, or another number of axes than panels"
+        if top is not None and not isinstance(top, Mapping): raise TypeError(f'top={top!r}: give a dict of heading: value')
         heads,top = self._heads(panels),top or {}
         if top: self._heads(top, 'top')
         self.fig,axs = self._axes(heads, 4.4, 4, axs)

@@ -493,6 +493,13 @@ def test_plot_options():
     cs = fig.axes[0].collections[0]
     assert cs.levels[-1]==2 and cs.cmap.name=='cividis'
 
+def test_what_cannot_be_drawn_is_said():
+    l,ws = made(plain_net())
+    l.dls = DataLoaders(l.dls.train)
+    assert list(calm(ray, l, ws[0], ws[1], n=2, n_train=1).values)==[TR]
+    with pytest.raises(ValueError, match='no validation data'): ray(l, ws[0], ws[1], n=2, metric='accuracy')
+    with pytest.raises(TypeError, match='a dict of heading: value'): bowl().plot(top=1)
+
 def test_axes_of_ones_own():
     l,ws = made(plain_net())
     kw = dict(n_train=1, n_valid=1)
