@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['snapshot_lr', 'snapshot_cycles', 'fge_lr', 'fge_cycles', 'Ensemble', 'SnapshotEnsemble', 'FGE']
 
-# %% ../nbs/40_ensemble.ipynb #d8a1fe70
-import itertools, math, os, shutil, tempfile, weakref
+# %% ../nbs/40_ensemble.ipynb #1f2ba163
+import itertools, math, os, re, shutil, tempfile, weakref
 from contextlib import contextmanager
 from functools import partial
 from numbers import Real
@@ -21,6 +21,7 @@ from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import get_model, rank_distrib
 
 from .average import lend, unwrap
@@ -87,6 +88,7 @@ def activation(
     loss_func, # Loss function of a learner
 ): # Function of the model's outputs
     "What turns the outputs that `loss_func` expects into predictions"
+    if isinstance(loss_func, (LabelSmoothingCrossEntropy,LabelSmoothingCrossEntropyFlat)): return partial(F.softmax, dim=getattr(loss_func, 'axis', 1))   # their own takes the last axis always
     f = getattr(loss_func, 'activation', None)
     return f if callable(f) else _acts.get(type(loss_func)) or _acts.get(loss_func, noop)
 
@@ -138,28 +140,29 @@ def lend_state(
 ):
     "Inside the block `model` has the parameters (by pointer) and buffers (by value) in `state`, its own again after it. Raises ValueError for another architecture"
     own = _state(model)
-    diff = set(own)^set(state) or {k for k,v in own.items() if v.shape!=state[k].shape}
+    diff = set(own)^set(state) or {k for k,v in own.items() if isinstance(v, nn.Parameter) and v.shape!=state[k].shape}
     if diff: raise ValueError(f'this ensemble is of another model: {len(diff)} parameters or buffers differ in name or shape, such as {sorted(diff)[0]}')
     params,bufs = ({k:v for k,v in own.items() if isinstance(v, nn.Parameter)==is_param} for is_param in (True,False))
     kept = {k:v.detach().clone() for k,v in bufs.items()}
+    def put(v, o): v.copy_(o) if v.shape==o.shape else v.set_(o.to(v.device, v.dtype, copy=True))      # some buffers grow
     with torch.no_grad(), lend(params.values(), [state[k] for k in params]):
         try:
-            for k,v in bufs.items(): v.copy_(state[k])
+            for k,v in bufs.items(): put(v, state[k])
             yield model
         finally:
-            for k,v in bufs.items(): v.copy_(kept[k])
+            for k,v in bufs.items(): put(v, kept[k])
 
 # %% ../nbs/40_ensemble.ipynb #92effdbf
 def _place(keep_on):
     "A torch device, 'disk' or a Path, out of what was given for `keep_on`"
     if isinstance(keep_on, (Path,torch.device)) or keep_on=='disk': return keep_on
-    try: return torch.device(keep_on)
-    except (RuntimeError,TypeError):
+    try: return torch.device(keep_on if isinstance(keep_on, str) else '')
+    except RuntimeError:
         msg = f"keep_on={keep_on!r}: give 'cpu', 'disk' for temporary files, Path('a/folder') for files to keep, or a torch device"
         raise (ValueError if isinstance(keep_on, str) else TypeError)(msg) from None
 
-_member_files = 'member_*.pt'
-def _its(folder): return sorted(int(p.stem.split('_')[1]) for p in Path(folder).glob(_member_files))
+_member_files = re.compile(r'member_(\d+)\.pt')
+def _its(folder): return sorted(int(m[1]) for m in (_member_files.fullmatch(p.name) for p in Path(folder).glob('member_*')) if m)
 def _file(folder, it): return Path(folder)/f'member_{it:08d}.pt'
 
 def _write(file, member):
@@ -174,13 +177,14 @@ def _read(file): return torch.load(file, map_location='cpu', mmap=True, weights_
 class Ensemble(CycleCallback):
     "Members collected in one fit, whose predictions are averaged. What `SnapshotEnsemble` and `FGE` have in common: use one of these"
     _stateattrs = CycleCallback._stateattrs+('_members','_tmp','_layers')
-    _members,_tmp,_layers,_done_to_it,_leave_lr = [],None,None,'collected',''
+    _members,_tmp,_layers,_done_to_it,_leave_lr = (),None,None,'collected',''    # no list: a copy or an unpickled object would fill that of the class
     def __init__(self,
         last:int=None, # Keep only the last so many members, 1 or more. None: all
         keep_on='cpu', # Where members are: 'cpu', 'disk' (files that go with this object), Path('folder') (files that stay), or a torch device
         bn_batches:int=0, # Training batches for each member's BatchNorm statistics, measured when the fit ends. 0: the running ones it had. None: all batches
     ):
-        for k,v in dict(last=last, bn_batches=bn_batches or None).items(): _n_batches(v, k, 'members' if k=='last' else 'batches')
+        _n_batches(last, 'last', 'members')
+        if not (_is_int(bn_batches) and bn_batches==0): _n_batches(bn_batches, 'bn_batches')
         self.last,self.keep_on,self.bn_batches = last,_place(keep_on),bn_batches
         self._members,self.collected,self._helpers = [],[],(_Refresh(self),)
 
@@ -205,6 +209,14 @@ def _put(self:Ensemble, it, member):
     file = _file(self._folder(), it)
     if self.keep_on=='disk' or not rank_distrib(): _write(file, member)      # temporary files are each process's own
     return file
+
+@patch
+def _check_place(self:Ensemble):
+    "An error if members cannot be kept where they should be"
+    try:
+        if isinstance(self.keep_on, torch.device): torch.empty(0, device=self.keep_on)
+        elif not os.access(self._folder(), os.W_OK): raise PermissionError('not writable')
+    except (OSError,RuntimeError,AssertionError) as e: raise ValueError(f"keep_on='{self.keep_on}': members cannot be kept there ({str(e).splitlines()[0]}). Try keep_on='cpu'") from e
 
 @patch
 def _folder(self:Ensemble):
@@ -235,13 +247,13 @@ def _take(self:Ensemble, model):
 def _resume_or_reset(self:Ensemble, model):
     "A fit with `start_epoch` goes on with the members up to there, those in a folder of files too; else a new ensemble begins"
     done = self._epoch*self._n_iter
-    while self._members and not done: self._drop(0)
-    if not isinstance(self.keep_on, torch.device) and not os.access(self._folder(), os.W_OK):    # known now, not when the first member comes
-        raise PermissionError(f'keep_on={self.keep_on}: members cannot be written there')
-    if isinstance(self.keep_on, Path) and not self._members:
+    self._check_place()                                 # known now, not when the first member comes
+    if isinstance(self.keep_on, Path):
         left = _its(self.keep_on)
-        if done: self._members = [_file(self.keep_on, o) for o in left]
-        elif left: raise ValueError(f'{self.keep_on} holds {len(left)} members of another fit: give another folder or empty this one. To use them call load, to go on with that fit start_epoch')
+        if done and not self._members: self._members = [_file(self.keep_on, o) for o in left]
+        elif left and not done: raise ValueError(f'{self.keep_on} holds {len(left)} members of an earlier fit: give another folder or empty this one. To use them call load, to go on with that fit start_epoch')
+    while self._members and not done: self._drop(0)
+    self._members = list(self._members)
     its = [self._get(k)['it'] for k in range(self.n_members)]
     for k in reversed(range(len(its))):
         if its[k]>done: self._drop(k)                    # of a walk that is not the one that goes on here
@@ -251,6 +263,10 @@ def _resume_or_reset(self:Ensemble, model):
     self._peaks = np.array(self._get(-1)['peaks']) if self._members else None
 
 # %% ../nbs/40_ensemble.ipynb #c3d82f29
+@patch
+def _check_zero(self:Ensemble, lrs):
+    if np.max(lrs)==0: self._once('zero', 'the learning rate is 0 in all cycles: the weights do not move, and all members will be the same. Give lr_max')
+
 @patch
 def _finish(self:Ensemble):
     "Order -60 of after_fit"
@@ -274,21 +290,25 @@ def after_fit(self:Ensemble):
 
 # %% ../nbs/40_ensemble.ipynb #d79c0413
 def _double(t): return t.double() if t.is_floating_point() and t.device.type!='mps' else t      # mps has no float64
+def _wide(t): return t if t.is_floating_point() or t.is_complex() else t.double()                 # bytes would overflow
 
 class _Vote(Callback):
     "Adds up the members' activations, batch by batch; in the last pass their mean takes the place of the prediction"
     order = 1000
-    def __init__(self, n, act, inv, bar): self.n,self.act,self.inv,self.bar,self.sums,self.seen = n,act,inv,bar,[],0
+    def __init__(self, n, act, inv, bar): self.n,self.act,self.inv,self.bar,self.sums,self.targs,self.seen = n,act,inv,bar,[],[],0
     def before_validate(self):
         get_model(self.learn.model).eval()
         self.i,self.seen = 0,self.seen+1
     def after_pred(self):
         pred = self.learn.pred
         a = self.act(_tmap(_double, pred))
-        if not len(self.sums) and self.inv is True: self.inv = self._find(a)
-        cpu = _tmap(lambda o: o.detach().cpu(), a)
-        if self.seen==1: self.sums.append(cpu)
-        else: self.sums[self.i] = _tmap(torch.add, self.sums[self.i], cpu)
+        if self.inv is True: self.inv = self._find(pred)
+        cpu = _tmap(lambda o: _wide(o.detach()).cpu(), a)
+        if self.seen==1: self.sums.append(cpu); self.targs.append(_tmap(lambda o: o.detach().cpu(), tuple(self.learn.yb)))
+        else:
+            if not all(map(torch.equal, _leaves(_tmap(lambda o: o.detach().cpu(), tuple(self.learn.yb))), _leaves(self.targs[self.i]))):
+                raise ValueError('the members were shown different items: this DataLoader draws another order each time it is used. Give one that does not shuffle')
+            self.sums[self.i] = _tmap(torch.add, self.sums[self.i], cpu)
         if self.seen==self.n:
             mean = _tmap(lambda o,p: o.to(p.device)/self.n, self.sums[self.i], a)
             mean = mean if self.inv is None else self.inv(mean)
@@ -297,8 +317,11 @@ class _Vote(Callback):
             self.sums[self.i] = None                      # not needed any more
         self.i += 1
         self.bar.update((self.seen-1)*len(self.learn.dl)+self.i)
-    def _find(self, a):
-        inv = inverse(self.act, a)
+    def _find(self, pred):
+        "Tried on outputs that are made up: real ones may be special, all alike or not finite"
+        g = torch.Generator().manual_seed(0)
+        made_up = _tmap(lambda o: torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.device, _double(o).dtype) if o.is_floating_point() else o, pred)
+        inv = inverse(self.act, self.act(made_up))
         if inv is None:
             raise ValueError('the loss and the metrics need outputs whose activation is the mean of the members, and for this activation '
                              f'({getattr(self.act, "__qualname__", self.act)}) these are not known: give inv=, its inverse, or use get_preds')
@@ -309,7 +332,10 @@ def _dl(self:Ensemble, learn, ds_idx, dl):
     "The DataLoader to use, once it is clear that there is something to do with it"
     if not isinstance(learn, Learner): raise TypeError(f'{type(self).__name__} needs the learner, not {type(learn).__name__}: get_preds(learn), validate(learn), predict(learn, item)')
     if not self._members: raise RuntimeError(f'this {type(self).__name__} has no members yet: pass it to a fit as a callback, or load them')
-    return learn.dls[ds_idx] if dl is None else dl
+    if dl is not None: return dl
+    if not _is_int(ds_idx): return ds_idx                        # a DataLoader without its name
+    if ds_idx>=len(learn.dls.loaders): raise ValueError(f'this learner has no DataLoader {ds_idx} (1 is for validation): give dl=')
+    return learn.dls[ds_idx]
 
 @patch
 def _vote(self:Ensemble, learn, dl, act, inv, last, go):
@@ -342,16 +368,17 @@ def get_preds(self:Ensemble,
     act=None, # Activation of the outputs. None: that of the loss function
     last:int=None, # Use only the last so many members. None: all
     cbs=None, # More callbacks
-    **kwargs, # As in `learn.get_preds`: with_input, with_decoded, with_loss, inner, reorder
+    **kwargs, # As in `learn.get_preds`: with_input, with_decoded, with_loss, inner, reorder, concat_dim
 )->tuple: # As from `learn.get_preds`: predictions, targets, ...
-    """The mean over the members of what `learn.get_preds` returns for each: the mean of their softmax outputs, for a classifier.
+    """The mean over the members of what `learn.get_preds` returns for each: the mean of their softmax outputs, for a classifier. (For torch's own
+    losses, which have no `activation`, too: there `learn.get_preds` returns outputs as they are.)
 
     Memory for the predictions in float64 is needed beside those returned. Raises RuntimeError without members, ValueError for a learner of another architecture
     or (`with_loss`) for an activation whose inverse is not known."""
-    given,dl = dl,self._dl(learn, ds_idx, dl)
+    given,dl = dl is not None or not _is_int(ds_idx),self._dl(learn, ds_idx, dl)
     if isinstance(dl, DataLoader):
         with rng_kept(dl):
-            if given is None or dl.drop_last: dl = dl.new(shuffle=False, drop_last=False)
+            if not given or dl.drop_last: dl = dl.new(shuffle=False, drop_last=False)
             dl = dl.new(get_idxs=_Same(dl.get_idxs()))           # all members see the same order
     with_loss = kwargs.get('with_loss', False)
     def go(vote): return type(learn).get_preds(learn, dl=dl, act=vote.act if with_loss else noop, cbs=[vote, *L(cbs)], **kwargs)
@@ -371,7 +398,7 @@ def validate(self:Ensemble,
 
     Raises RuntimeError without members, ValueError for a learner of another architecture or an activation whose inverse is not known."""
     dl = self._dl(learn, ds_idx, dl)
-    return self._vote(learn, dl, act, inv or True, last, lambda vote: learn.validate(ds_idx, dl, cbs=[vote, *L(cbs)]))
+    return self._vote(learn, dl, act, inv or True, last, lambda vote: learn.validate(dl=dl, cbs=[vote, *L(cbs)]))
 
 @patch
 def predict(self:Ensemble,
@@ -381,10 +408,13 @@ def predict(self:Ensemble,
     **kwargs, # As in `learn.predict`: rm_type_tfms, with_input
 )->tuple: # As from `learn.predict`: decoded prediction, its index, the mean of the members' outputs
     "What `learn.predict` returns, for the ensemble"
-    self._dl(learn, 1, None)
+    self._dl(learn, 0, None)
+    own = vars(learn).get('get_preds')
     learn.get_preds = partial(self.get_preds, learn, last=last)
     try: return learn.predict(item, **kwargs)
-    finally: del learn.get_preds
+    finally:
+        if own is None: del learn.get_preds
+        else: learn.get_preds = own
 
 # %% ../nbs/40_ensemble.ipynb #3556ca0b
 @patch
@@ -408,8 +438,9 @@ def load(self:Ensemble,
     "Use the members in a folder, in place of any present ones; the files stay there. Raises FileNotFoundError if there are none"
     folder = Path(folder)
     its = _its(folder)
-    if not its: raise FileNotFoundError(f'{folder} has no members ({_member_files})')
-    self._members = [_read(_file(folder, o)) for o in its]
+    if not its: raise FileNotFoundError(f'{folder} has no members (files such as {_file(".", 100)})')
+    own = isinstance(self.keep_on, Path) and self.keep_on.resolve()==folder.resolve()          # then these files are its own to go on with
+    self._members = [_file(folder, o) if own else _read(_file(folder, o)) for o in its]
     self.collected = list(its)
     return self
 
@@ -440,7 +471,7 @@ class SnapshotEnsemble(Ensemble):
         if n and n<self.n_cycles: self._once('few', f'{self.n_cycles} cycles of whole iterations do not fit into {self._cycles.ends[-1]}: there will be {n}, each of ceil(T/M) iterations')
     def _rates(self, it):
         if not self._cycles.ends: return None
-        if self._top is None: self._top = self._highest()
+        if self._top is None: self._top = self._highest(); self._check_zero(self._top)
         return snapshot_lr(it, self._cycles.ends[-1], self.n_cycles, self._top)
     def _highest(self):
         if self.lr_max is not None: return group_lrs(self.lr_max, self._peaks, 'lr_max')
@@ -487,6 +518,7 @@ class FGE(Ensemble):
         if self._hi is None:
             self._hi = group_lrs(self.lr_max, self._peaks, 'lr_max')
             self._lo = self._hi/100 if self.lr_min is None else group_lrs(self.lr_min, self._peaks, 'lr_min')
+            self._check_zero(self._hi)
             if (self._hi<self._lo).any(): self._once('rising', f'lr_min={self.lr_min} is above lr_max, which is {self._hi.max():.2g} here: members are taken where the rate is highest')
         n = 2*(c.ends[0]-c.begin)
         return fge_lr(((it-c.begin)%n+1)/n, self._hi, self._lo)

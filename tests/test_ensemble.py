@@ -553,18 +553,23 @@ def test_a_folder_that_cannot_be_written_is_known_at_once(tmp_path, monkeypatch)
     learn = learner()
     before = state(learn.model)
     (tmp_path/'file').write_text('')
-    with pytest.raises((FileExistsError,NotADirectoryError)): fit(learn, 4, cbs=FGE(keep_on=tmp_path/'file'))
+    for keep_on in tmp_path/'file',tmp_path/'file'/'below',*(() if torch.cuda.is_available() else ('cuda',)):
+        with pytest.raises(ValueError, match="members cannot be kept there.*Try keep_on='cpu'"): fit(learn, 4, cbs=FGE(keep_on=keep_on))
+    learn.path,learn.model_dir = tmp_path,'file'
+    with pytest.raises(ValueError, match="keep_on='disk': members cannot be kept"): fit(learn, 4, cbs=FGE(keep_on='disk'))
     monkeypatch.setattr(ensemble.os, 'access', lambda *args: False)
-    with pytest.raises(PermissionError, match='cannot be written'): fit(learn, 4, cbs=FGE(keep_on=tmp_path/'m'))
+    with pytest.raises(ValueError, match='not writable'): fit(learn, 4, cbs=FGE(keep_on=tmp_path/'m'))
     assert same(before, state(learn.model))
 
 def test_files_of_another_fit_are_not_overwritten(tmp_path):
     a = SnapshotEnsemble(2, keep_on=tmp_path/'m'); learn,_ = fitted(a, 2)
     was = [dict(o) for o in a.members]
-    with pytest.raises(ValueError, match='holds 2 members of another fit'): fitted(SnapshotEnsemble(2, keep_on=tmp_path/'m'), 2)
+    with pytest.raises(ValueError, match='holds 2 members of an earlier fit'): fitted(SnapshotEnsemble(2, keep_on=tmp_path/'m'), 2)
     assert all(alike(x,y) for x,y in zip(was, a.members))
-    fitted(a, 3, learn=learn)                                    # its own files it may replace
-    assert sorted(o.name for o in (tmp_path/'m').iterdir())==['member_00000008.pt','member_00000015.pt']
+    with pytest.raises(ValueError, match='holds 2 members of an earlier fit'): fitted(a, 3, learn=learn)         # not even its own: they are files to keep
+    assert all(alike(x,y) for x,y in zip(was, a.members))
+    (tmp_path/'m'/'member_best.pt').write_text('')               # somebody's
+    assert SnapshotEnsemble().load(tmp_path/'m').n_members==2
 
 def test_save_and_load(tmp_path):
     ens = SnapshotEnsemble(3)
@@ -591,7 +596,14 @@ def test_export_while_attached(tmp_path):
     assert (tmp_path/'after.pkl').stat().st_size<(tmp_path/'before.pkl').stat().st_size*1.2
     again = load_learner(tmp_path/'after.pkl')
     assert again.cbs and ens.n_members==3
-    deepcopy(ens)
+
+def test_copies_have_members_of_their_own():
+    ens = SnapshotEnsemble(2)
+    a,b,c = deepcopy(ens),deepcopy(ens),pickle.loads(pickle.dumps(ens))
+    fitted(a, 2)
+    assert (a.n_members,b.n_members,c.n_members,SnapshotEnsemble().n_members,len(Ensemble._members))==(2,0,0,0,0)
+    learn,_ = fitted(b, 2, model=plain_net())
+    with quiet(learn): a.validate(learner()); b.validate(learn)
 
 # ---- messages
 
@@ -600,7 +612,7 @@ def test_export_while_attached(tmp_path):
     (lambda: SnapshotEnsemble(lr_max=-1), ValueError, 'lr_max'), (lambda: SnapshotEnsemble(lr_max='a'), TypeError, 'lr_max'), (lambda: SnapshotEnsemble(last=0), ValueError, 'last=0: give a positive number of members'),
     (lambda: SnapshotEnsemble(last='x'), TypeError, 'last'), (lambda: FGE(start=1.), ValueError, 'start=1.0'), (lambda: FGE(start='x'), TypeError, 'start'), (lambda: FGE(cycle_len=0), ValueError, 'cycle_len=0'),
     (lambda: FGE(lr_max=.1, lr_min=.2), ValueError, 'swap'), (lambda: FGE(lr_min='x'), TypeError, 'lr_min'), (lambda: FGE(bn_batches=-1), ValueError, 'bn_batches=-1'), (lambda: FGE(bn_batches=1.5), TypeError, 'bn_batches'),
-    (lambda: FGE(keep_on='gpu'), ValueError, "keep_on='gpu'"), (lambda: FGE(keep_on=3.5), TypeError, 'keep_on=3.5')])
+    (lambda: FGE(keep_on='gpu'), ValueError, "keep_on='gpu'"), (lambda: FGE(keep_on=3.5), TypeError, 'keep_on=3.5'), (lambda: FGE(keep_on=0), TypeError, 'keep_on=0'), (lambda: FGE(bn_batches=False), TypeError, 'bn_batches=False'), (lambda: FGE(bn_batches=True), TypeError, 'bn_batches=True')])
 def test_bad_arguments(f, exc, say):
     with pytest.raises(exc, match=say): f()
 
@@ -622,3 +634,101 @@ def test_pictures_of_the_schedules():
         np.testing.assert_allclose(dots.get_ydata(), [spy.lrs[o-1][0] for o in ens.collected])
         y = line.get_ydata(); np.testing.assert_allclose(y[~np.isnan(y)], [o[0] for o in spy.lrs])
         assert np.isnan(y).sum()==(2 if isinstance(ens, SnapshotEnsemble) else 0)      # a restart is a jump, a triangle is not
+
+# ---- what is easily got wrong
+
+class NumpySampler(torch.utils.data.Sampler):
+    def __init__(self, rng): self.rng = rng
+    def __iter__(self): return iter(self.rng.permutation(200).tolist())
+    def __len__(self): return 200
+
+@pytest.mark.parametrize('rng', [np.random.default_rng(0), np.random.RandomState(0)], ids=['Generator','RandomState'])
+def test_samplers_with_random_streams_of_their_own(rng):
+    ens = SnapshotEnsemble(3)
+    learn,_ = fitted(ens, 3)
+    dl = torch.utils.data.DataLoader(list(zip(X[:200],Y[:200])), 30, sampler=NumpySampler(rng))
+    with quiet(learn): loss,acc = ens.validate(learn, dl=dl)
+    assert loss==pytest.approx(F.nll_loss(by_hand(learn, ens, X[:200]).log(), Y[:200]).item(), rel=1e-4)
+
+def test_members_that_see_different_items_are_noticed():
+    class Fresh:
+        def permutation(self, n): return np.random.default_rng().permutation(n)         # nobody can wind that back
+    ens = SnapshotEnsemble(2)
+    learn,_ = fitted(ens, 2)
+    with pytest.raises(ValueError, match='different items'), quiet(learn): ens.validate(learn, dl=torch.utils.data.DataLoader(list(zip(X[:200],Y[:200])), 30, sampler=NumpySampler(Fresh())))
+
+@pytest.mark.parametrize('first', [0.,math.nan])
+def test_first_batch_may_be_special(first):
+    "Uniform probabilities are their own softmax, and what is no number has no inverse"
+    seed()
+    x = torch.randn(200,4); y = (x[:,0]>0).long()
+    data = DataLoaders(FastaiDataLoader(list(zip(x[:100],y[:100])), bs=20), FastaiDataLoader([(torch.full((4,),first),torch.tensor(0))]*20+list(zip(x[100:],y[100:])), bs=20))
+    learn,ens = Learner(data, nn.Linear(4,2,bias=False), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=.5),SnapshotEnsemble(2)
+    fit(learn, 4, cbs=ens)
+    with quiet(learn):
+        p,t = ens.get_preds(learn)
+        np.testing.assert_allclose(ens.validate(learn)[0], F.nll_loss(p.log(), t).item(), rtol=1e-4)
+
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(axis=1), LabelSmoothingCrossEntropyFlat(axis=1), LabelSmoothingCrossEntropy(), nn.CrossEntropyLoss(), FocalLossFlat(axis=1)], ids=lambda o: type(o).__name__)
+def test_classes_of_pixels(loss):
+    seed()
+    t = (X[:,0]>.5).long()
+    data = DataLoaders(FastaiDataLoader(list(zip(X[:100],t[:100])), bs=20, shuffle=True), FastaiDataLoader(list(zip(X[100:150],t[100:150])), bs=32))
+    learn,ens = Learner(data, nn.Conv2d(1,3,3,padding=1), loss_func=loss, opt_func=sgd, lr=.01, metrics=foreground_acc),SnapshotEnsemble(1)
+    fit(learn, 2, cbs=ens)
+    with quiet(learn):
+        np.testing.assert_allclose(ens.validate(learn), learn.validate(), rtol=1e-4)        # an ensemble of one is the learner
+        torch.testing.assert_close(ens.get_preds(learn)[0].sum(1), torch.ones(50,8,8))
+
+def test_buffers_that_grow():
+    class Grows(nn.Module):
+        def __init__(self): super().__init__(); self.net = net(); self.register_buffer('seen', torch.zeros(0))
+        def forward(self, x):
+            if self.training: self.seen = torch.cat([self.seen, x.mean()[None].detach()])
+            return self.net(x)+self.seen.sum()
+    ens = SnapshotEnsemble(2, bn_batches=None)
+    learn,_ = fitted(ens, 2, model=Grows())
+    was = learn.model.seen.clone()
+    assert [len(o['seen']) for o in ens.members]==[5,10]
+    with quiet(learn): preds,_ = ens.get_preds(learn)
+    assert torch.equal(learn.model.seen, was) and torch.isfinite(preds).all() and [len(o['seen']) for o in ens.members]==[5,10]
+
+def test_outputs_that_are_no_floats():
+    class Many(nn.Module):
+        def __init__(self): super().__init__(); self.net = net()
+        def forward(self, x): o = self.net(x); return o,o>-100,(o>-100).to(torch.uint8)*200
+    seed()
+    learn,ens = Learner(dls(), Many(), loss_func=lambda o,y: F.cross_entropy(o[0], y), opt_func=sgd, lr=.02),SnapshotEnsemble(3)
+    fit(learn, 3, cbs=ens)
+    with quiet(learn): (a,b,c),_ = ens.get_preds(learn)
+    assert (b==1).all() and (c==200).all()
+
+def test_highest_rate_of_a_fit_that_goes_on():
+    whole,rest = FGE(start=.5, cycle_len=1),FGE(start=.5, cycle_len=1)
+    _,a = fitted(whole, 6, method='fit_one_cycle')
+    b,learn = Spy(),learner()
+    with pytest.warns(UserWarning, match='members of the fit that goes on here are not there'): fit(learn, 6, method='fit_one_cycle', start_epoch=4, cbs=[rest,b])
+    np.testing.assert_allclose(b.lrs, a.lrs[20:], rtol=1e-2)            # 51 places of the schedule are looked at
+
+def test_loaded_members_of_its_own_folder_are_its_own(tmp_path):
+    f = tmp_path/'m'
+    fit(learner(), 4, cbs=SnapshotEnsemble(4, keep_on=f, last=2))
+    ens = SnapshotEnsemble(8, keep_on=f, last=2).load(f)
+    fit(learner(), 8, cbs=ens, start_epoch=4)
+    assert ensemble._its(f)==[35,40] and ens.n_members==2
+
+def test_no_rate_no_members_worth_having():
+    for ens in FGE(lr_max=0, start=.5),SnapshotEnsemble(2, lr_max=0):
+        with pytest.warns(UserWarning, match='the learning rate is 0 in all cycles'): fitted(ens, 4)
+
+def test_learner_without_validation_data():
+    learn,ens = learner(),SnapshotEnsemble(2)
+    fit(learn, 2, cbs=ens)
+    learn.dls = DataLoaders(learn.dls.train)
+    for f in ens.validate,ens.get_preds:
+        with pytest.raises(ValueError, match='no DataLoader 1.*give dl='): f(learn)
+    valid = FastaiDataLoader(list(zip(X[200:300],Y[200:300])), bs=64)
+    with quiet(learn):
+        preds,_ = ens.get_preds(learn, valid)                            # without its name
+        torch.testing.assert_close(preds, by_hand(learn, ens, X[200:300]).float(), atol=1e-5, rtol=1e-4)
+        assert ens.validate(learn, valid)[1]==pytest.approx((preds.argmax(1)==Y[200:300]).float().mean().item())
