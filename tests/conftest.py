@@ -1,10 +1,12 @@
 "One thread, no windows, no warnings of others' making: the same for every test and for every process that a test starts"
-import os
+import os,signal
 os.environ.update(OMP_NUM_THREADS='1', MPLBACKEND='Agg')   # before torch and matplotlib are imported
 os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning')
 
 import torch
 torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT)==signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)   # ignored in a shell's background jobs, and tests raise it
 
 def pytest_configure(config):
     "What fastai itself sets off when it is imported"
