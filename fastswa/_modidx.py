@@ -344,6 +344,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastswa.ensemble._logit': ('ensemble.html#_logit', 'fastswa/ensemble.py'),
                                   'fastswa.ensemble._place': ('ensemble.html#_place', 'fastswa/ensemble.py'),
                                   'fastswa.ensemble._read': ('ensemble.html#_read', 'fastswa/ensemble.py'),
+                                  'fastswa.ensemble._same': ('ensemble.html#_same', 'fastswa/ensemble.py'),
                                   'fastswa.ensemble._state': ('ensemble.html#_state', 'fastswa/ensemble.py'),
                                   'fastswa.ensemble._tmap': ('ensemble.html#_tmap', 'fastswa/ensemble.py'),
                                   'fastswa.ensemble._wide': ('ensemble.html#_wide', 'fastswa/ensemble.py'),

@@ -292,6 +292,8 @@ def after_fit(self:Ensemble):
 def _double(t): return t.double() if t.is_floating_point() and t.device.type!='mps' else t      # mps has no float64
 def _wide(t): return t if t.is_floating_point() or t.is_complex() else t.double()                 # bytes would overflow
 
+def _same(a, b): return a.shape==b.shape and bool(((a==b)|((a!=a)&(b!=b))).all())                # what is no number is the same as itself here
+
 class _Vote(Callback):
     "Adds up the members' activations, batch by batch; in the last pass their mean takes the place of the prediction"
     order = 1000
@@ -304,10 +306,12 @@ class _Vote(Callback):
         a = self.act(_tmap(_double, pred))
         if self.inv is True: self.inv = self._find(pred)
         cpu = _tmap(lambda o: _wide(o.detach()).cpu(), a)
-        if self.seen==1: self.sums.append(cpu); self.targs.append(_tmap(lambda o: o.detach().cpu(), tuple(self.learn.yb)))
+        targs = _tmap(lambda o: o.detach().cpu(), tuple(self.learn.yb))
+        if self.seen==1: self.sums.append(cpu); self.targs.append(targs)
         else:
-            if not all(map(torch.equal, _leaves(_tmap(lambda o: o.detach().cpu(), tuple(self.learn.yb))), _leaves(self.targs[self.i]))):
-                raise ValueError('the members were shown different items: this DataLoader draws another order each time it is used. Give one that does not shuffle')
+            if not all(map(_same, _leaves(targs), _leaves(self.targs[self.i]))):
+                raise ValueError('the members were shown different items: this DataLoader draws another order, or other random transforms, each time it is used. '
+                                 'Give one for validation, such as learn.dls.test_dl(items, with_labels=True)')
             self.sums[self.i] = _tmap(torch.add, self.sums[self.i], cpu)
         if self.seen==self.n:
             mean = _tmap(lambda o,p: o.to(p.device)/self.n, self.sums[self.i], a)

@@ -657,6 +657,14 @@ def test_members_that_see_different_items_are_noticed():
     learn,_ = fitted(ens, 2)
     with pytest.raises(ValueError, match='different items'), quiet(learn): ens.validate(learn, dl=torch.utils.data.DataLoader(list(zip(X[:200],Y[:200])), 30, sampler=NumpySampler(Fresh())))
 
+def test_targets_that_are_no_numbers():
+    seed()
+    y = multi.clone(); y[210] = math.nan
+    data = DataLoaders(FastaiDataLoader(list(zip(X[:200],y[:200])), bs=40), FastaiDataLoader(list(zip(X[200:300],y[200:300])), bs=64))
+    learn,ens = Learner(data, net(), loss_func=MSELossFlat(), opt_func=sgd, lr=.02),SnapshotEnsemble(2)
+    fit(learn, 2, cbs=ens)
+    with quiet(learn): assert torch.isfinite(ens.get_preds(learn)[0]).all() and math.isnan(ens.validate(learn)[0])
+
 @pytest.mark.parametrize('first', [0.,math.nan])
 def test_first_batch_may_be_special(first):
     "Uniform probabilities are their own softmax, and what is no number has no inverse"
