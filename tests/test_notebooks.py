@@ -1,6 +1,6 @@
 "Every notebook runs, each in a fresh process"
 import io,sys,multiprocessing as mp
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor,ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,16 @@ def _run(nb):
     with working_directory(nb.parent): ok,_ = run_nb(nb, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)
     return ok,sys.__stderr__.getvalue()
 
+def _run_fresh(nb):
+    with ProcessPoolExecutor(1, mp_context=ctx) as ex: return ex.submit(_run, nb.absolute()).result()
+
+@pytest.fixture(scope='module')
+def results(request):
+    "Of the notebooks that were asked for, two at a time"
+    asked = [o.callspec.params['nb'] for o in request.session.items if o.function is test_notebook]
+    with ThreadPoolExecutor(2) as ex: yield {nb:ex.submit(_run_fresh, nb) for nb in asked}
+
 @pytest.mark.parametrize('nb', sorted(nbglob(cfg.nbs_path, as_path=True)), ids=lambda o: o.name)
-def test_notebook(nb):
-    with ProcessPoolExecutor(1, mp_context=ctx) as ex: ok,err = ex.submit(_run, nb.absolute()).result()
+def test_notebook(nb, results):
+    ok,err = results[nb].result()
     if not ok: pytest.fail(f'{nb.name} failed\n{err}', pytrace=False)
