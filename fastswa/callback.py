@@ -35,7 +35,7 @@ class CycleCallback(Callback):
     _stateattrs = ('_lrs','_tuning','_lead','collected')
     # What a fit sets has its default here: a missing attribute would be looked up in the learner and then in the model
     _learn,_helpers,_armed,_active,_tuning,_lead = None,(),False,False,None,None
-    _epoch,_done,_due,_cycles,_n_iter,start,_to_come = -1,0,math.inf,None,0,None,''
+    _epoch,_done,_due,_cycles,start,_to_come = -1,0,math.inf,None,None,''
     _peaks,_moms,_lrs,_skipped,_moved,_told = None,None,[],0,False,set()
     collected = []   # iterations at which weights were taken (a fit makes its own list)
 
@@ -113,7 +113,7 @@ def before_epoch(self:CycleCallback):
 def before_train(self:CycleCallback):
     if not self._armed or self.learn.lock.locked(): return
     if not self._active: self._begin(len(self.learn.dls.train))
-    self._done = self._epoch*self._n_iter
+    self._done = self._epoch*self._cycles.n_iter
     self._look_ahead()
 
 @patch
@@ -125,7 +125,7 @@ def _look_ahead(self:CycleCallback):
 @patch
 def _begin(self:CycleCallback, n_iter):
     "The first training of this fit: now it is one"
-    self._n_iter,self._cycles = n_iter,self._plan(self.learn.n_epoch, n_iter)
+    self._cycles = self._plan(self.learn.n_epoch, n_iter)
     self._check_rates(len(self.learn.opt.hypers))
     self._resume_or_reset(unwrap(self.learn.model))
     self._lrs,self._skipped,self._moms = [],self._epoch*n_iter,None
@@ -144,7 +144,7 @@ def _begin(self:CycleCallback, n_iter):
 def after_pred(self:CycleCallback):
     "Set this iteration's learning rate, after every scheduler and before the step"
     if not self._active: return
-    opt,it = self.learn.opt,min(self._done, (self._epoch+1)*self._n_iter-1)
+    opt,it = self.learn.opt,min(self._done, (self._epoch+1)*self._cycles.n_iter-1)
     if it<=self._cycles.begin or self._peaks is None:
         lrs = np.array([h['lr'] for h in opt.hypers], dtype=float)
         self._peaks = lrs if self._peaks is None or len(self._peaks)!=len(lrs) else np.maximum(self._peaks, lrs)
@@ -163,7 +163,7 @@ def _scheduled(self:CycleCallback, upto=1.):
 @patch
 def _peaks_before(self:CycleCallback, it):
     "Highest rates that a scheduled fit had before iteration `it`, which it goes on from; None where no schedule is known"
-    total = self.learn.n_epoch*self._n_iter
+    total = self.learn.n_epoch*self._cycles.n_iter
     lrs = self._scheduled(min(it, self._cycles.begin)/total) if total else None
     return None if lrs is None else np.array(np.broadcast_to(lrs.max(0), len(self.learn.opt.hypers)))
 
@@ -172,15 +172,15 @@ def _peaks_before(self:CycleCallback, it):
 def after_batch(self:CycleCallback):
     if not self._active: return
     self._moved = True
-    if self._done<(self._epoch+1)*self._n_iter:      # an epoch that has grown since the beginning of the fit ends where it was planned to
+    if self._done<(self._epoch+1)*self._cycles.n_iter:      # an epoch that has grown since the beginning of the fit ends where it was planned to
         self._done += 1
         self._lrs.append(self.learn.opt.hypers[-1]['lr'])
-    if self._done>=self._due and self._done%self._n_iter: self._collect()
+    if self._done>=self._due and self._done%self._cycles.n_iter: self._collect()
 
 @patch
 def after_train(self:CycleCallback):
     if not self._active or self.learn.lock.locked(): return
-    self._done = (self._epoch+1)*self._n_iter                # also where the epoch was cut short
+    self._done = (self._epoch+1)*self._cycles.n_iter                # also where the epoch was cut short
     self._lrs += [math.nan]*(self._done-self._skipped-len(self._lrs))
     if self._done>=self._due: self._collect()
 

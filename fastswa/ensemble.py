@@ -27,7 +27,7 @@ from fastai.torch_core import get_model, rank_distrib
 from .average import lend, unwrap
 from .batchnorm import _Bar, _cancels, _n_batches, bn_layers, learner_stats, rng_kept, side_pass, trained_layers
 from .callback import CycleCallback, _Refresh
-from .schedule import Cycles, _is_int, _check_cycles, _check_lr, draw_sched, group_lrs
+from .schedule import Cycles, _is_int, _check_cycles, _check_lr, group_lrs
 
 # %% ../nbs/40_ensemble.ipynb #d0b78074
 def snapshot_lr(
@@ -246,7 +246,7 @@ def _take(self:Ensemble, model):
 @patch
 def _resume_or_reset(self:Ensemble, model):
     "A fit with `start_epoch` goes on with the members up to there, those in a folder of files too; else a new ensemble begins"
-    done = self._epoch*self._n_iter
+    done = self._epoch*self._cycles.n_iter
     self._check_place()                                 # known now, not when the first member comes
     if isinstance(self.keep_on, Path):
         left = _its(self.keep_on)

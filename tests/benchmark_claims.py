@@ -10,7 +10,6 @@ from pathlib import Path
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.basics import *
@@ -113,7 +112,6 @@ def run(make, epochs, lr, seed, extra=False, **_):
     learn = fit(swa, walk, ema)
     res['SWA(swa_lr=lr)'],w_swa = measure(learn),weights(learn)
     res['its points, predictions averaged'] = measure(learn, partial(walk.get_preds, learn))
-    stats = {k:v.clone() for k,v in learn.model.named_buffers()}
     swa.restore(learn)
     res['its walk, last weights'],last = measure(learn),weights(learn)
     with torch.no_grad():
