@@ -7,14 +7,16 @@ __all__ = ['update_bn']
 
 # %% ../nbs/20_batchnorm.ipynb #5bbdd8c3
 import inspect, random, sys, time, warnings
+from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from numbers import Integral
 
 import numpy as np
 import torch
-from torch import nn
+from torch import distributed as dist, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.xtras import ReindexCollection
@@ -94,11 +96,12 @@ class _Measure:
         self.n = torch.zeros(len(layers), dtype=torch.float64)               # elements per channel so far, by layer
         self.now = {}                                                        # the same for the batch at hand
         self.reused,self.batches,self.may_stop = False,0,True
+        self.synced = {k:m.process_group for k,m in enumerate(layers) if isinstance(m, nn.SyncBatchNorm)} if n_processes()>1 else {}
 
     def _add(self, ks):
         "Merge the batch statistics that layers `ks` hold now"
         ms = [self.layers[k] for k in ks]
-        n_b,n_a = torch.tensor([self.now.pop(k) for k in ks], dtype=torch.float64),self.n[ks]
+        n_b,n_a = self._everywhere(ks, torch.tensor([self.now.pop(k) for k in ks], dtype=torch.float64)),self.n[ks]
         idx = slice(None) if len(ks)==len(self.layers) else torch.cat([torch.arange(self.at[k], self.at[k+1]) for k in ks]).to(self.dev)
         wide = lambda t: t.repeat_interleave(torch.tensor([self.sizes[k] for k in ks])).to(self.dev)
         get  = lambda name: torch.cat([getattr(m,name).to(self.dev, torch.float64) for m in ms])
@@ -106,6 +109,17 @@ class _Measure:
         # the layer stored the unbiased variance: times n-1 it is the sum of squared deviations
         _,self.mean[idx],self.m2[idx] = merge_moments(w_a, self.mean[idx], self.m2[idx], w_b, get('running_mean'), get('running_var')*(w_b-1))
         self.n[ks] = n_a+n_b
+
+    def _everywhere(self, ks, n):
+        "Elements in all processes for layers that share their statistics (`SyncBatchNorm`), those here for the others"
+        groups = defaultdict(list)
+        for i,k in enumerate(ks):
+            if k in self.synced: groups[self.synced[k]].append(i)
+        for group,at in groups.items():
+            there = n[at].to(self.dev)
+            dist.all_reduce(there, group=group)
+            n[at] = there.cpu()
+        return n
 
     def _add_one_value(self, k, x):
         "One value per channel: it counts, but no layer can normalise by it, so this once the layer uses what is known so far"
@@ -124,7 +138,7 @@ class _Measure:
         x = args[0] if args else kwargs['input']
         if k in self.now: self.reused = True; self._add([k])      # used before in this same forward pass
         n = x.numel()//x.shape[1] if x.shape[1] else 0
-        if n<2: self._add_one_value(k, x); self.odd.add(k)
+        if n<2 and k not in self.synced: self._add_one_value(k, x); self.odd.add(k)
         else: self.now[k] = n
 
     def _after(self, k, m, *_):
@@ -230,6 +244,54 @@ def rng_kept(
         random.setstate(py); np.random.set_state(npy)
         for f in restore: f()
 
+# %% ../nbs/20_batchnorm.ipynb #7c6fe7e3
+def n_processes()->int:
+    "How many processes train together"
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+_sharders = {'DistributedDL','DistributedSampler','BatchSamplerShard','DataLoaderDispatcher','IterableDatasetShard'}   # fastai's, torch's, accelerate's
+
+def gives_parts(dl)->bool:
+    "Whether each process gets another part of the data from `dl`"
+    return any(o.__name__ in _sharders for part in (*_stateful(dl), getattr(dl,'dataset',None)) for o in type(part).__mro__)
+
+def _leave_out_repeats(dl):
+    "fastai's loader repeats some items so that each process has as many: in the next iteration of `dl` they are left out"
+    if type(dl).__name__!='DistributedDL' or dl.drop_last: return
+    def get_idxs():
+        del dl.get_idxs                                         # for one iteration, and never sent to a worker
+        idxs = dl.get_idxs()
+        return idxs[:max(dl.n-dl.rank*dl.n_padded//dl.world_size, 0)]
+    dl.get_idxs = get_idxs
+
+@patch
+def put_together(self:_Measure, parts):
+    "Take over what was measured in several places, each a tuple of (batches, counts, means, sums of squared deviations)"
+    batches,n,mean,m2 = zip(*parts)
+    n,mean,m2 = (torch.stack(o).to(self.dev) for o in (n,mean,m2))
+    wide = n.repeat_interleave(torch.tensor(self.sizes, device=self.dev), dim=1)
+    self.mean = (wide*mean).sum(0)/wide.sum(0).clamp_min(1)
+    self.m2   = (m2+wide*(mean-self.mean)**2).sum(0)
+    self.batches,self.n = sum(batches),n.sum(0).cpu()
+
+def measured_by_all(
+    run, # Function that makes a `_Measure` of what this process sees
+    shared:bool, # Whether other processes do the same now, with other parts of the data
+)->_Measure: # Of all parts
+    "What `run` measures, here or in all processes together. An error in one of these is a RuntimeError in the others"
+    res,error = None,None
+    try: res = run()
+    except Exception as e: error = e
+    if shared:
+        parts = [None]*n_processes()
+        mine = (res.batches,res.n,res.mean.cpu(),res.m2.cpu()) if error is None else f'{type(error).__name__}: {error}'
+        dist.all_gather_object(parts, mine)
+        failed = [(i,o) for i,o in enumerate(parts) if isinstance(o, str)]
+        if not failed: res.put_together(parts)
+        elif error is None: raise RuntimeError('the BatchNorm statistics are left as they were, measuring them failed in process {} with {}'.format(*failed[0]))
+    if error is not None: raise error
+    return res
+
 # %% ../nbs/20_batchnorm.ipynb #2eba0fdd
 class _Bar:
     "A progress bar that appears once the work proves to take more than a few seconds"
@@ -274,41 +336,49 @@ def update_bn(
     n_batches:int=None, # Batches to use, 1 or more; None: all
     call=None, # Function of (model, batch) that runs the model; None: see above
     pbar:bool=True, # Show a progress bar if it takes more than a few seconds
+    sync:bool=None, # Whether all processes call this with their parts of the data. None: if `dl` gives each one a part, or the model is a DistributedDataParallel
 )->nn.Module: # The same model
     """Give the BatchNorm layers of `model` the mean and variance of their inputs over the data in `dl`.
 
     The first layer's are those of the population exactly, whatever the batches; deeper layers see activations normalised by batch
     statistics and depend on the batch size a little. Dropout is off. Modes, momentum, counters and random streams are left as found,
     also when an error ends the pass: then the statistics are the old ones too. A model without BatchNorm costs nothing.
-    Raises TypeError or ValueError for a wrong `n_batches`; warns of an empty loader, of layers that saw no data or no finite numbers,
-    and of layers in TorchScript modules. Source: Izmailov et al. 2018, section 3.2."""
+    With `sync` each of several processes measures its part of the data and all end with the statistics of the whole; what a torch `DistributedSampler` repeats counts twice.
+    Raises TypeError or ValueError for a wrong `n_batches`, RuntimeError if another process failed; warns of an empty loader, of layers that
+    saw no data or no finite numbers, and of layers in TorchScript modules. Source: Izmailov et al. 2018, section 3.2."""
     _n_batches(n_batches)
     _check_scripted(model)
     layers = bn_layers(model)
     if not layers: return model
     inner,dev = get_model(model),layers[0].running_mean.device
     total = min(o for o in (len(dl) if hasattr(dl,'__len__') else None, n_batches, 2**62) if o is not None)
-    measure,bar = _Measure(layers),_Bar(total, pbar and total<2**62)     # no bar for a loader that has no end in sight
-    with rng_kept(dl), measure.listening(inner), _force_eager(model):
-        try:
-            for i,b in enumerate(dl):
-                try: (call or _call)(inner, to_device(b, dev))
-                except _LastLayerSeen: pass
-                measure.batch_done()
-                bar.update(i+1)
-                if i+1==n_batches: break
-        finally: bar.close()
-    measure.result(model).install()
+    shared = n_processes()>1 and (isinstance(model, DistributedDataParallel) or gives_parts(dl) if sync is None else sync)
+    def run():
+        measure,bar = _Measure(layers),_Bar(total, pbar and total<2**62)     # no bar for a loader that has no end in sight
+        with rng_kept(dl), measure.listening(inner), _force_eager(model):
+            if shared and not measure.synced: _leave_out_repeats(dl)
+            try:
+                for i,b in enumerate(dl):
+                    try: (call or _call)(inner, to_device(b, dev))
+                    except _LastLayerSeen: pass
+                    measure.batch_done()
+                    bar.update(i+1)
+                    if i+1==n_batches: break
+            finally: bar.close()
+        return measure
+    measured_by_all(run, shared).result(model).install()
     return model
 
-# %% ../nbs/20_batchnorm.ipynb #68267b71
+# %% ../nbs/20_batchnorm.ipynb #55c5ad92
+def _is_distributed(cb): return type(cb).__name__=='DistributedTrainer'     # by name: its module needs accelerate
+
 def forward_cbs(
     cbs, # Callbacks of a learner
 )->list: # Those without which the model would compute something else
     "The callbacks that shape the forward pass"
     def has(cb, *evs): return any(getattr(type(cb), e, None) or e in vars(cb) for e in evs)
     def keep(cb):
-        if isinstance(cb, ModelResetter) or type(cb).__name__=='DistributedTrainer': return True   # by name: its module needs accelerate
+        if isinstance(cb, ModelResetter) or _is_distributed(cb): return True
         if isinstance(cb, (MixHandler, GatherPredsCallback)) or getattr(type(cb),'remove_on_fetch',False): return False
         return cb.run_valid and has(cb, 'before_batch', 'after_pred', 'after_loss')
     return [cb for cb in cbs if keep(cb)]
@@ -352,8 +422,13 @@ def side_pass(
 class _Pump(Callback):
     "Drives a `_Measure` with the batches of a side pass"
     order = 100
-    def __init__(self, measure, n_batches, bar, kept): self.measure,self.n_batches,self.bar,self.kept,self.i = measure,n_batches,bar,kept,0
-    def before_validate(self): self.measure.arm(get_model(self.learn.model))
+    def __init__(self, measure, n_batches, bar, kept, shared): self.measure,self.n_batches,self.bar,self.kept,self.shared,self.i = measure,n_batches,bar,kept,shared,0
+    def before_validate(self):
+        self.wrapped = self.learn.model
+        self.learn.model = get_model(self.wrapped)              # no process waits for another, no replica measures what nobody will see
+        if self.shared and not self.measure.synced: _leave_out_repeats(self.learn.dl)
+        self.measure.arm(self.learn.model)
+    def after_validate(self): self.learn.model = self.wrapped
     def after_cancel_batch(self):
         for cb in self.kept:
             if isinstance(cb, MixedPrecision): cb.after_loss()    # leaves the autocast that before_batch entered
@@ -375,15 +450,21 @@ def learner_stats(
     dl = learn.dls.train if dl is None else dl
     progress = getattr(learn, 'progress', None) if learn.create_mbar else None
     bar = _Bar(min(len(dl), n_batches or len(dl)), progress is not None, getattr(progress, 'mbar', None))
-    kept,measure = forward_cbs(learn.cbs),_Measure(layers)
-    measure.may_stop = all(type(cb).__module__.startswith('fastai.') and type(cb) is not Callback for cb in kept)   # others may count on after_loss
-    pump = _Pump(measure, n_batches, bar, kept)
-    model = get_model(learn.model)
-    with measure.listening(model), side_pass(learn, dl, [pump]):
-        try: learn._with_events(learn.all_batches, 'validate', CancelValidException)
-        except _cancels: pass
-        finally: bar.close()
-    return measure.result(model)
+    kept = forward_cbs(learn.cbs)
+    shared = n_processes()>1 and (isinstance(learn.model, DistributedDataParallel) or any(map(_is_distributed, kept)) or gives_parts(dl))
+    names = {m:k for k,m in get_model(learn.model).named_modules()}
+    pump = _Pump(None, n_batches, bar, kept, shared)
+    def run():
+        with side_pass(learn, dl, [pump]):
+            model = get_model(learn.model)
+            pump.measure = measure = _Measure([model.get_submodule(names[m]) for m in layers])    # a distributed trainer may just have replaced them by SyncBatchNorm
+            measure.may_stop = all(type(cb).__module__.startswith('fastai.') and type(cb) is not Callback for cb in kept)   # others may count on after_loss
+            with measure.listening(model):
+                try: learn._with_events(learn.all_batches, 'validate', CancelValidException)
+                except _cancels: pass
+                finally: bar.close()
+        return measure
+    return measured_by_all(run, shared).result(get_model(learn.model))
 
 # %% ../nbs/20_batchnorm.ipynb #8bfd666a
 def trained_layers(

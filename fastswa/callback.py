@@ -25,7 +25,7 @@ from fastai.learner import AvgLoss, Learner, ValueMetric
 from fastai.torch_core import get_model, rank_distrib
 
 from .average import WeightAverage, all_finite, unwrap
-from .batchnorm import BNStats, _cancels, _n_batches, bn_layers, learner_stats, side_pass, trained_layers
+from .batchnorm import BNStats, _cancels, _is_distributed, _n_batches, bn_layers, gives_parts, learner_stats, n_processes, side_pass, trained_layers
 from .schedule import Cycles, _is_int, _check_cycles, _check_lr, cycle_lr, draw_sched, group_lrs, sched_authors, swa_cycles
 
 # %% ../nbs/30_callback.ipynb #e02434dc
@@ -619,7 +619,12 @@ def load(self:SWA,
     self.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
     return self
 
-# %% ../nbs/30_callback.ipynb #abe75e94
+# %% ../nbs/30_callback.ipynb #dd39743a
+def _n_iter(learn):
+    "Iterations in each epoch of a fit to come: a distributed one shares them out"
+    n = len(learn.dls.train)
+    return -(-n//n_processes()) if any(map(_is_distributed, learn.cbs)) and not gives_parts(learn.dls.train) else n
+
 @patch
 def fit_swa(self:Learner,
     n_epoch:int, # Epochs in the whole fit
@@ -647,7 +652,7 @@ def fit_swa(self:Learner,
     if swa_lr is False: raise ValueError('fit_swa sets the schedule: for your own one use learn.fit(..., cbs=SWA(swa_lr=False))')
     lo = group_lrs(swa_lr, lrs)
     swa = SWA(start, lo.tolist(), cycle_len, swa_lr_max, sched, eval_every, bn_batches, save_to)
-    n_iter = len(self.dls.train)
+    n_iter = _n_iter(self)
     cyc = swa_cycles(n_epoch, n_iter, start, cycle_len)
     if load_from is not None: swa.load(load_from)
     elif cyc.ends and start_epoch*n_iter>=cyc.ends[0]:

@@ -22,7 +22,7 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
-from fastai.torch_core import get_model, rank_distrib
+from fastai.torch_core import distrib_barrier, get_model, rank_distrib
 
 from .average import lend, unwrap
 from .batchnorm import _Bar, _cancels, _n_batches, bn_layers, learner_stats, rng_kept, side_pass, trained_layers
@@ -208,6 +208,7 @@ def _put(self:Ensemble, it, member):
     if isinstance(self.keep_on, torch.device): return member
     file = _file(self._folder(), it)
     if self.keep_on=='disk' or not rank_distrib(): _write(file, member)      # temporary files are each process's own
+    if self.keep_on!='disk': distrib_barrier()                               # the others may read it now
     return file
 
 @patch
@@ -255,6 +256,7 @@ def _resume_or_reset(self:Ensemble, model):
     while self._members and not done: self._drop(0)
     self._members = list(self._members)
     its = [self._get(k)['it'] for k in range(self.n_members)]
+    if isinstance(self.keep_on, Path): distrib_barrier()  # nobody deletes what another has yet to read
     for k in reversed(range(len(its))):
         if its[k]>done: self._drop(k)                    # of a walk that is not the one that goes on here
     self.collected = [o for o in its if o<=done]

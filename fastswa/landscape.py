@@ -148,7 +148,7 @@ def _move(to, origin, steps):
 def _measuring(learn, metric, n_train, n_valid, total):
     "Inside the block: a function of an origin and steps that measures the model there; it will be called `total` times"
     for n,name in ((n_train,'n_train'),(n_valid,'n_valid')): _count(n, name)
-    if num_distrib()>1: raise RuntimeError('pictures are drawn by one process: leave the distributed context first')
+    if num_distrib()>1: raise RuntimeError(f'pictures are drawn by one process, and this is one of {num_distrib()}: save the weights (learn.save, swa.save) and draw them in another run, without torchrun')
     mets,shown = _metric(learn, metric)
     model,dls = unwrap(learn.model),learn.dls
     place,layers,done = WeightAverage(model),trained_layers(learn),0
