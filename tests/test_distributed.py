@@ -1,0 +1,138 @@
+"""Distributed fits: what `distributed_worker.py` checks in 2 and 3 processes that torchrun starts, in 2 that accelerate starts; the example; and DataParallel
+
+All of these are started together, and each test waits for its own."""
+import ast, json, os, signal, subprocess, sys, time
+import pytest, torch
+from common import *
+from fastai.distributed import ParallelTrainer
+from fastswa.all import *
+from fastswa.batchnorm import _Measure, gives_parts, measured_by_all, n_processes
+
+here = Path(__file__).resolve().parent
+example = here.parent/'examples'/'distributed.py'
+checks = [o.name for o in ast.parse((here/'distributed_worker.py').read_text()).body if isinstance(o, ast.FunctionDef) and o.decorator_list]
+by_accelerate = 'mixed_precision_of_accelerate'
+runs = {'2': ['torch.distributed.run','--standalone','--nproc_per_node=2'], '3': ['torch.distributed.run','--standalone','--nproc_per_node=3'],
+        'accelerate': 'accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --dynamo_backend=no --mixed_precision=bf16'.split()}
+
+class Launch:
+    "A command in a process group of its own"
+    def __init__(self, cmd, folder):
+        folder.mkdir()
+        self.folder,self.log = folder,(folder/'log').open('w+')
+        env = {**os.environ, 'PYTHONPATH':str(here.parent), 'PYTHONWARNINGS':'ignore', 'OMP_NUM_THREADS':'1'}
+        for o in 'RANK','WORLD_SIZE','LOCAL_RANK','MASTER_ADDR','MASTER_PORT': env.pop(o, None)
+        self.proc = subprocess.Popen([sys.executable,'-m',*cmd], stdout=self.log, stderr=self.log, env=env, cwd=folder, start_new_session=True)
+    def alive(self):
+        try: os.killpg(self.proc.pid, 0)
+        except ProcessLookupError: return False
+        return True
+    def stop(self):
+        if self.alive(): os.killpg(self.proc.pid, signal.SIGKILL)
+        self.proc.wait()
+        self.log.close()
+    def output(self): self.log.flush(); return (self.folder/'log').read_text()
+    def wait(self, timeout=240):
+        "What it printed; an AssertionError with that in it if it failed or did not end"
+        try: code = self.proc.wait(timeout)
+        except subprocess.TimeoutExpired: self.stop(); code = f'none after {timeout} s'
+        assert code==0, f'exit code {code}\n{self.output()[-5000:]}'
+        return self.output()
+
+@pytest.fixture(scope='module')
+def launched(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp('distributed')
+    def start(name, cmd): return Launch(cmd, tmp/name)
+    res = {k:start(k, [*cmd, str(here/'distributed_worker.py'), str(tmp/k/'results.json'), *([by_accelerate] if k=='accelerate' else [o for o in checks if o!=by_accelerate])])
+           for k,cmd in runs.items()}
+    res['example'] = start('example', [*runs['2'], str(example), '--epochs=2', '--save', str(tmp/'example')])
+    yield res
+    for o in res.values(): o.stop()
+
+@pytest.mark.parametrize('procs,check', [(k,o) for k in runs for o in checks if (o==by_accelerate)==(k=='accelerate')])
+def test_in_every_process(launched, procs, check):
+    launched[procs].proc.wait(240)
+    results = launched[procs].folder/'results.json'
+    assert results.exists(), launched[procs].output()[-5000:]
+    results = json.loads(results.read_text())
+    assert check in results, f'it never ended\n{launched[procs].output()[-5000:]}'
+    assert not results[check], results[check]
+
+@pytest.mark.parametrize('run', [*runs,'example'])
+def test_nothing_is_left_running(launched, run):
+    launched[run].wait()
+    assert not launched[run].alive()
+
+def test_example(launched):
+    out = launched['example'].wait()
+    assert '2 processes, 10 snapshots averaged: loss' in out and 'swa_accuracy' in out
+    assert [o.name for o in launched['example'].folder.rglob('*.pth')]==['averaged.pth']
+
+# What needs one process only
+# ------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('where', ['fit','context'])
+def test_data_parallel(where):
+    "On a machine without GPUs DataParallel passes everything on to the module it wraps"
+    res = []
+    for parallel in False,True:
+        swa,spy,learn = SWA(eval_every=1),Spy(),learner()
+        with quiet(learn):
+            if not parallel: learn.fit(3, cbs=[swa,spy])
+            elif where=='fit': learn.fit(3, cbs=[swa,spy,ParallelTrainer(None)])
+            else:
+                with learn.parallel_ctx(): learn.fit(3, cbs=[swa,spy])
+        for p,m in zip(learn.model.parameters(), spy.mean(swa.collected)): torch.testing.assert_close(p.detach().double(), m, atol=2e-6, rtol=1e-5)
+        res.append((state(learn.model), learn.recorder.values[-1]))
+    assert same(res[0][0], res[1][0]) and list(res[0][1])==list(res[1][1])
+
+class Replicas(nn.DataParallel):
+    "As on several GPUs: what replicas measure is lost"
+    def forward(self, x): return torch.cat([deepcopy(self.module)(o) for o in x.chunk(2)])
+
+def test_replicas_do_not_measure():
+    class Trainer(Callback):
+        order = 0
+        def before_fit(self): self.learn.model = Replicas(self.learn.model)
+        def after_fit(self): self.learn.model = self.learn.model.module
+    learn = learner(shuffle=False)
+    fit(learn, 2, cbs=[SWA(),Trainer()])
+    there = state(learn.model)
+    update_bn(learn.model, learn.dls.train)
+    for k,v in learn.model.state_dict().items(): torch.testing.assert_close(there[k], v)
+
+def test_layers_that_a_trainer_replaces_outside_of_a_fit():
+    "`to_distributed` turns BatchNorm into SyncBatchNorm when a pass begins"
+    class DistributedTrainer(Callback):
+        order = 11
+        def before_fit(self): self.learn.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.learn.model)
+    learn = learner(cbs=DistributedTrainer(), shuffle=False)
+    old = learn.model[1]
+    with quiet(learn): learn.update_bn()
+    assert type(learn.model[1]) is nn.SyncBatchNorm and learn.model[1] is not old
+    pop = learn.model[0](X[:200]).transpose(0,1).flatten(1).double()
+    torch.testing.assert_close(learn.model[1].running_mean.double(), pop.mean(1), atol=1e-5, rtol=1e-5)
+
+def test_who_gives_parts():
+    ds = torch.utils.data.TensorDataset(X,Y)
+    loader = lambda **kw: torch.utils.data.DataLoader(ds, 20, **kw)
+    sampler = torch.utils.data.distributed.DistributedSampler(ds, 2, 0)
+    assert gives_parts(loader(sampler=sampler))
+    assert gives_parts(loader(batch_sampler=torch.utils.data.BatchSampler(sampler, 20, False)))
+    for o in loader(), dls().train, [X], iter([X]): assert not gives_parts(o)
+    from accelerate.data_loader import prepare_data_loader
+    kw = dict(num_processes=2, process_index=0, put_on_device=False)
+    assert gives_parts(prepare_data_loader(loader(), **kw)) and gives_parts(prepare_data_loader(loader(), dispatch_batches=True, **kw))
+    assert n_processes()==1
+
+def test_one_process_exchanges_nothing():
+    def run(): raise OSError('as it is')
+    with pytest.raises(OSError, match='as it is'): measured_by_all(run, False)
+
+def test_parts_with_nothing_in_them():
+    m = _Measure([nn.BatchNorm1d(2)])
+    empty,full = (0,torch.zeros(1).double(),torch.zeros(2).double(),torch.zeros(2).double()),(3,torch.tensor([4.]).double(),torch.tensor([1.,2]).double(),torch.tensor([8.,4]).double())
+    m.put_together([empty,full,empty])
+    assert m.batches==3 and m.n.tolist()==[4] and m.mean.tolist()==[1,2] and m.m2.tolist()==[8,4]
+    m.put_together([empty,empty])
+    assert m.n.tolist()==[0] and m.mean.isfinite().all()
