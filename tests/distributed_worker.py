@@ -129,7 +129,7 @@ def columns_are_those_of_one_process():
 def fit_swa_and_one_cycle_and_fine_tune():
     for method in 'fit_swa','fit_one_cycle','fine_tune':
         spy,swa = Spy(),SWA(start=1)
-        learn,res = fitted(4, method=method, learn=made(splitter=two_groups), cbs=spy if method=='fit_swa' else [spy,swa], **({'start':1} if method=='fit_swa' else {}))
+        learn,res = fitted(4, method=method, learn=made(splitter=two_groups), cbs=spy if method=='fit_swa' else [spy,swa], **({'start':.7} if method=='fit_swa' else {}))
         swa = res if method=='fit_swa' else swa
         if method=='fit_swa':                                # its schedule is laid out for the iterations that each process has
             begin,total = swa._cycles.begin,len(spy.ws)
@@ -200,9 +200,11 @@ def ensembles_in_memory_and_in_files():
 @check
 def outside_of_a_fit():
     "`learn.update_bn()` in the context shares the work; a plain one in a single process waits for nobody"
-    learn = split()
+    learn,seen = split(),[]
+    hook = learn.model[0].register_forward_hook(lambda m,inp,out: seen.append(len(out)))
     with quiet(learn), ctx(learn): learn.update_bn()
-    assert equal_everywhere(stats(learn.model))
+    hook.remove()
+    assert sum(seen)==240//W and equal_everywhere(stats(learn.model))
     pop = learn.model[0](X[:240]).transpose(0,1).flatten(1).double()
     close(stats(learn.model)[:2], [pop.mean(1),pop.var(1, unbiased=False)], 1e-5)
     if not rank: update_bn(net(), learn.dls.train); split().update_bn()
@@ -226,7 +228,9 @@ def plain_torch_with_a_sampler():
 def unequal_numbers_of_batches():
     parts = X[:200].split(20)
     mine = parts[:1] if rank==0 else parts[1:] if rank==1 else []
-    with warnings.catch_warnings(record=True) as ws: m = update_bn(net(), list(mine), sync=True)
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        m = update_bn(net(), list(mine), sync=True)
     close(stats(m), stats(update_bn(net(), list(parts))))
     assert not ws                                            # one process without data is no empty loader
 
