@@ -68,8 +68,11 @@ class See(nn.Module):
         return x
     def count(self): return {k:sum(o==k for o,_ in self.seen) for k in ('TT','FT','FF')}
 
-def seeing(look, at=1):
-    m = net(); m.insert(at, See(m[1], look)); m.append(See(m[1+(at<=1)], look))
+def seeing(look, m=None):
+    "A model that is watched before its first BatchNorm layer and at its end"
+    m = net() if m is None else m
+    bn = m[1]
+    m.insert(1, See(bn, look)); m.append(See(bn, look))
     return m
 
 def assert_mean(model, spy, its, tol=1e-6):
@@ -351,15 +354,20 @@ def test_cycles_that_end_between_steps(n_acc, cycle_len, steps):
 
 def is_last(p): return p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
 
+def wide_net():
+    "A layer that is averaged by itself, and one that shares a buffer with other small ones"
+    seed()
+    return nn.Sequential(nn.Conv2d(1,8,3,2,1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,16,3,1,1), nn.ReLU(), nn.Conv2d(16,64,3,2,1), nn.BatchNorm2d(64), nn.Flatten(), nn.Linear(256,10))
+
 @pytest.mark.parametrize('amp', [False, True])
 def test_channels_last(dev, amp):
-    look = lambda x: is_last(m[4].weight)
-    m = seeing(look); plain = [p.stride() for p in m.parameters()]
+    look = lambda x: is_last(m[4].weight) and is_last(m[6].weight)
+    m = seeing(look, wide_net()); plain = [p.stride() for p in m.parameters()]
     def run(model, *cbs):
         l,spy = on(dev, model).to_channelslast(use_amp=amp, amp_mode='bf16'),Spy(); fit(l, 3, cbs=[spy,*cbs])
         return l,spy
     swa = SWA(start=1, cycle_len=.4, swa_lr=.1, eval_every=1)
-    (ref,a),(l,b) = run(net()),run(m, swa)
+    (ref,a),(l,b) = run(wide_net()),run(m, swa)
     assert l._grab_cbs(ChannelsLast) and len(l._grab_cbs(MixedPrecision))==amp
     assert {o for _,o in m[1].seen}=={True} and set(m[1].count())=={'TT','FT','FF'}      # lent weights have the format too
     assert all(same(x,y) for x,y in zip(a.ws,b.ws)) and swa.n_averaged==5
@@ -372,7 +380,7 @@ def test_channels_last(dev, amp):
         torch.testing.assert_close(m[2].running_mean.double(), x.mean(1), atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(m[2].running_var.double(), x.var(1, correction=0), atol=1e-6, rtol=1e-5)
     swa.restore(l); assert same(list(state(l.model).values()), list(state(ref.model).values())) and is_last(m[4].weight)
-    usual = seeing(look).to(dev)                                       # a model of the usual format
+    usual = seeing(look, wide_net()).to(dev)                                       # a model of the usual format
     assert same(weights(swa.copy_to(usual)), [got[k] for k in swa._avg.names]) and [p.stride() for p in usual.parameters()]==plain
     l.to_contiguous(); swa.apply(l)
     assert same(state(l.model), got) and [p.stride() for p in l.model.parameters()]==plain==[o.stride() for o in swa._avg._others]
