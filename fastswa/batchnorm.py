@@ -380,6 +380,7 @@ def forward_cbs(
     def keep(cb):
         if isinstance(cb, ModelResetter) or _is_distributed(cb): return True
         if isinstance(cb, (MixHandler, GatherPredsCallback)) or getattr(type(cb),'remove_on_fetch',False): return False
+        if any(o.__name__=='TensorBoardBaseCallback' for o in type(cb).__mro__): return False      # looks at predictions, to log them
         return cb.run_valid and has(cb, 'before_batch', 'after_pred', 'after_loss')
     return [cb for cb in cbs if keep(cb)]
 

@@ -16,15 +16,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.fp16 import ModelToHalf
 from fastai.callback.schedule import LRFinder, ParamScheduler, SchedLin
 from fastai.callback.tracker import ReduceLROnPlateau, SaveModelCallback, TrackerCallback
 from fastai.learner import AvgLoss, Learner, ValueMetric
 from fastai.torch_core import get_model, rank_distrib
 
-from .average import WeightAverage, all_finite, unwrap
+from .average import WeightAverage, all_finite, own_name, unwrap
 from .batchnorm import BNStats, _cancels, _is_distributed, _n_batches, bn_layers, gives_parts, learner_stats, n_processes, side_pass, trained_layers
 from .schedule import Cycles, _is_int, _check_cycles, _check_lr, cycle_lr, draw_sched, group_lrs, sched_authors, swa_cycles
 
@@ -112,9 +114,14 @@ def before_epoch(self:CycleCallback):
 @patch
 def before_train(self:CycleCallback):
     if not self._armed or self.learn.lock.locked(): return
-    if not self._active: self._begin(len(self.learn.dls.train))
+    if not self._active: self._begin(_length(self.learn.dls.train))
     self._done = self._epoch*self._cycles.n_iter
     self._look_ahead()
+
+def _length(dl):
+    "Batches in an epoch; TypeError for a loader that does not know, with which fastai cannot train either"
+    try: return len(dl)
+    except TypeError as e: raise TypeError('the training DataLoader has no length, so nobody knows where its epochs end: give its dataset a __len__, or a fastai DataLoader n=number of items') from e
 
 @patch
 def _look_ahead(self:CycleCallback):
@@ -487,19 +494,29 @@ def _install(self:SWA):
     if self.learn.lock.locked() or not self._active: return
     self._armed = self._active = False
     if not self.n_averaged: return
-    self._put(unwrap(self.learn.model))
+    self._put(self.learn)
+    collected = self.collected
     for cb in self._trackers('swa_'):
         if isinstance(cb, SaveModelCallback) and (cb.at_end or cb in self._saved):
             cb.after_fit()                                            # loads the best average, or saves the last
             if cb.at_end: continue
             self._avg._adopt(self._saved[cb])
-            self._bn,self.collected = BNStats(self._bn.layers),self.collected[:self._saved[cb]]
+            self._expect_rounding(self.learn)
+            self._bn,self.collected = BNStats(self._bn.layers),collected[:self._saved[cb]]
 
 # %% ../nbs/30_callback.ipynb #52c6ddb8
 @patch
-def _put(self:SWA, model):
+def _expect_rounding(self:SWA, learn):
+    "`ModelToHalf` rounds the model in all that is not a fit too, one `validate` is enough, BatchNorm excepted: that is no training"
+    if not learn._grab_cbs(ModelToHalf): return
+    spared = {p for m in unwrap(learn.model).modules() if isinstance(m, _BatchNorm) and m.affine for p in m.parameters(recurse=False)}
+    self._avg._also(p if p in spared else p.detach().half().to(p.dtype) for p in self._avg._params)
+
+@patch
+def _put(self:SWA, learn):
     if not self._avg.inside: self._own_bn = BNStats(self._bn.layers)
-    self._avg.apply(model)
+    self._avg.apply(unwrap(learn.model))
+    self._expect_rounding(learn)
     self._bn.install()
 
 # %% ../nbs/30_callback.ipynb #c6828443
@@ -522,7 +539,7 @@ def apply(self:SWA,
     model = self._known(learn, 'apply')
     if self._bn is None:
         with self._avg.swapped(model): self._stats(learn)
-    self._put(model)
+    self._put(learn)
 
 @patch
 def restore(self:SWA,
@@ -568,7 +585,7 @@ def copy_to(self:SWA,
     if self._avg is None: raise RuntimeError('there is no average yet')
     self._avg.copy_to(model)
     if self._bn is not None:
-        names = {m:k for k,m in self._avg._model.named_modules()}
+        names = {m:own_name(k) for k,m in self._avg._model.named_modules()}
         BNStats([unwrap(model).get_submodule(names[m]) for m in self._bn.layers], self._bn.means, self._bn.vars).install()
     return model
 
@@ -578,7 +595,7 @@ def state_dict(self:SWA)->dict:
     "Everything needed to go on in another process: the average, its count and statistics, the highest learning rates"
     if self._loaded is not None: return self._loaded
     avg = dict(n=0, average={}) if self._avg is None else self._avg.state_dict()
-    names = {} if self._avg is None else {m:k for k,m in self._avg._model.named_modules()}
+    names = {} if self._avg is None else {m:own_name(k) for k,m in self._avg._model.named_modules()}
     bn = None if self._bn is None else {names[m]:(mean,var) for m,mean,var in zip(self._bn.layers, self._bn.means, self._bn.vars)}
     layers = None if self._layers is None else [names[m] for m in self._layers]
     return dict(avg, bn=bn, layers=layers, done=self._done, peaks=None if self._peaks is None else [float(o) for o in self._peaks], collected=list(self.collected))
@@ -622,7 +639,7 @@ def load(self:SWA,
 # %% ../nbs/30_callback.ipynb #dd39743a
 def _n_iter(learn):
     "Iterations in each epoch of a fit to come: a distributed one shares them out"
-    n = len(learn.dls.train)
+    n = _length(learn.dls.train)
     return -(-n//n_processes()) if any(map(_is_distributed, learn.cbs)) and not gives_parts(learn.dls.train) else n
 
 @patch

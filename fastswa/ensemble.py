@@ -24,7 +24,7 @@ from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import distrib_barrier, get_model, rank_distrib
 
-from .average import lend, unwrap
+from .average import lend, own_name, unwrap
 from .batchnorm import _Bar, _cancels, _n_batches, bn_layers, learner_stats, rng_kept, side_pass, trained_layers
 from .callback import CycleCallback, _Refresh
 from .schedule import Cycles, _is_int, _check_cycles, _check_lr, group_lrs
@@ -126,7 +126,8 @@ def inverse(
 def _state(model):
     "Parameters by name, tied ones under each of their names, and the buffers a checkpoint would have"
     keep = set(model.state_dict())
-    return {**dict(model.named_parameters(remove_duplicate=False)), **{k:v for k,v in model.named_buffers(remove_duplicate=False) if k in keep}}
+    bufs = (o for o in model.named_buffers(remove_duplicate=False) if o[0] in keep)
+    return {own_name(k):v for k,v in (*model.named_parameters(remove_duplicate=False), *bufs)}
 
 def _copy(state, device):
     "A copy of each tensor, and one only of those that are tied"
@@ -277,7 +278,7 @@ def _finish(self:Ensemble):
     if self.bn_batches==0: return
     model = unwrap(self.learn.model)
     layers = trained_layers(self.learn) if self._layers is None else self._layers
-    names = {m:k for k,m in model.named_modules()}
+    names = {m:own_name(k) for k,m in model.named_modules()}
     for k in range(self.n_members):
         m = self._get(k)
         with lend_state(model, m['state']): stats = learner_stats(self.learn, layers, self.bn_batches)
