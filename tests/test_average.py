@@ -243,6 +243,7 @@ def test_state_dict_goes_on(tmp_path):
 def test_finite():
     t = torch.ones(10)
     assert all_finite([t, t.half(), t.bfloat16(), torch.zeros(0), t.to(torch.complex64), torch.full((3,), 1e300, dtype=torch.float64)])
+    assert all_finite([torch.full((n,), 3e38) for n in (10,9000)])                   # though their sum is not
     for bad in (float('inf'), -float('inf'), float('nan')):
         for n in (10,10000):
             t = torch.ones(n); t[3] = bad
