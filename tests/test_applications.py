@@ -2,7 +2,7 @@
 
 A cell of `test_matrix` is a kind of learner, a way to fit, and SWA passed to the fit or attached to the Learner before."""
 import pickle
-from functools import cache
+from functools import cache, lru_cache
 
 import pandas as pd, pytest, torch
 from common import *
@@ -182,7 +182,7 @@ def checksum(o):
     if isinstance(o, dict): o = list(o.values())
     if isinstance(o, (tuple,list)): return sum(map(checksum, o))
     return o.as_subclass(torch.Tensor).sum(dtype=torch.float64).item() if isinstance(o, torch.Tensor) else 0.
-def hypers(learn): return [(h['lr'],h['mom']) for h in learn.opt.hypers]
+def hypers(learn): return tuple((float(h['lr']),float(h['mom'])) for h in learn.opt.hypers)
 def row(rec): return [v for n,v in zip(rec.metric_names[1:], rec.values[-1]) if n!='time' and not n.startswith('swa_')]
 
 class Witness(Callback):
@@ -198,7 +198,7 @@ class Witness(Callback):
 
 def steps(seen, event):
     "Learning rates and momenta of each training iteration, at the end of an event"
-    return [o[4] for o in seen if o[:3]==(1000,event,True)]
+    return tuple(o[4] for o in seen if o[:3]==(1000,event,True))
 
 class Watch(Spy):
     "Also how many snapshots each fit ends with, and whether with the weights of its last step"
@@ -233,9 +233,9 @@ def run(kind, method, path, how, replay=None):
     with quiet(learn): res = getattr(learn, method)(*methods[method], cbs=cbs, **(when if method=='fit_swa' else {}))
     return learn,item,swa or res,watch,seen
 
-@cache        # passed or attached, the rates ought to be the same
-def without_swa(kind, method, step, begin, first='()'):
-    learn,_,_,_,seen = run(kind, method, '.', None, Replay(eval(step), begin, eval(first)))
+@lru_cache(1)        # passed or attached, the rates ought to be the same
+def without_swa(kind, method, step, begin, first=()):
+    learn,_,_,_,seen = run(kind, method, '.', None, Replay(step, begin, first))
     return seen,state(learn.model)
 
 def predict(learn, item):
@@ -289,8 +289,8 @@ def test_matrix(kind, method, how, tmp_path):
     np.testing.assert_allclose(again, [last[i] for i in cols], rtol=1e-5)
     # without SWA, at the same rates, others see the same
     step,first = steps(seen, 'after_pred'),steps(seen, 'before_batch')
-    if method=='fit_swa': seen2,walked = without_swa(kind, 'fit', repr(step), 0, repr(first))
-    else: seen2,walked = without_swa(kind, method, repr(step), before+cyc.begin)
+    if method=='fit_swa': seen2,walked = without_swa(kind, 'fit', step, 0, first)
+    else: seen2,walked = without_swa(kind, method, step, before+cyc.begin)
     assert next(((a,b) for a,b in zip(seen,seen2) if a!=b), None) is None and len(seen)==len(seen2)
     # what predicts is the average, in memory and in a file; the walk is that without SWA
     with quiet(learn):
