@@ -184,7 +184,7 @@ class _Measure:
     def result(self, model)->BNStats:
         "What was measured; layers that saw no data or gave no finite numbers keep what they had, and a warning says so"
         names = {m:k for k,m in model.named_modules()}
-        unseen = [names.get(m,'?') for k,m in enumerate(self.layers) if self.n[k]==0]
+        unseen = [names.get(m,'?') for k,m in enumerate(self.layers) if self.n[k]==0 and m.num_features]      # fastai's TabularModel has a layer for no columns
         means,vars,bad = [],[],[]
         for k,m in enumerate(self.layers):
             sl = slice(self.at[k], self.at[k+1])

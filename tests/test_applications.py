@@ -313,8 +313,7 @@ def refused(kind, path):
             learn.fit_swa(3)
         assert same(state(learn.model), before) and set(learn.cbs)==set(cbs)
 
-unused_bn = pytest.mark.xfail(strict=True, reason='a TabularModel without continuous columns has a BatchNorm1d(0) that it never calls: a warning names it, and nobody can do anything about it')
-@pytest.mark.parametrize('kind', [pytest.param(o, marks=[unused_bn]*(o=='collab_nn')) for o in kinds])
+@pytest.mark.parametrize('kind', kinds)
 def test_nothing_to_warn_of(kind, tmp_path):
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
