@@ -118,10 +118,10 @@ def test_who_gives_parts():
     loader = lambda **kw: torch.utils.data.DataLoader(ds, 20, **kw)
     sampler = torch.utils.data.distributed.DistributedSampler(ds, 2, 0)
     assert gives_parts(loader(sampler=sampler))
-    assert gives_parts(loader(batch_sampler=torch.utils.data.BatchSampler(sampler, 20, False)))
+    assert gives_parts(torch.utils.data.DataLoader(ds, batch_sampler=torch.utils.data.BatchSampler(sampler, 20, False)))
     for o in loader(), dls().train, [X], iter([X]): assert not gives_parts(o)
     from accelerate.data_loader import prepare_data_loader
-    kw = dict(num_processes=2, process_index=0, put_on_device=False)
+    kw = dict(num_processes=2, process_index=0, put_on_device=True, device=torch.device('cpu'))
     assert gives_parts(prepare_data_loader(loader(), **kw)) and gives_parts(prepare_data_loader(loader(), dispatch_batches=True, **kw))
     assert n_processes()==1
 

@@ -155,7 +155,20 @@ ini.read(root/'settings.ini')
 def test_requirement_is_here(req):
     r = Requirement(req)
     assert r.specifier.contains(version(r.name), prereleases=True)
-    importlib.import_module({'scikit-learn':'sklearn'}.get(r.name, r.name))
+    importlib.import_module({'scikit-learn':'sklearn', 'pytest-xdist':'xdist'}.get(r.name, r.name))
+
+# What it works with
+
+def table(heading):
+    "Cells of the table under a heading of the README, row by row"
+    text = (root/'README.md').read_text().split(f'## {heading}\n')[1].split('\n## ')[0]
+    return [[c.strip() for c in o.strip('|').split(' | ')] for o in text.splitlines() if o.startswith('|')][2:]
+
+@pytest.mark.parametrize('row', table('Works with'), ids=lambda o: re.sub(r'\W+', '_', o[0]))
+def test_what_it_works_with_is_tested(row):
+    tests = re.findall(r'`(test_\w+\.py)::(test_\w+)`', row[-1])
+    assert len(row)==3 and tests and len(tests)==row[-1].count('::')
+    for file,name in tests: assert re.search(rf'^def {name}\(', (root/'tests'/file).read_text(), re.M), f'{file} has no {name}'
 
 # tools/run_nbs.py
 
@@ -267,7 +280,7 @@ def test_bootstrap_runs(fake, monkeypatch):
     assert name=='fastswa_demo' and args==['--seeds', '1'] and env['PYTHONWARNINGS']=='ignore::FutureWarning'
     fake.after('test', '-k', 'a or b')
     name,args,env = fake.ran
-    assert args==['-m', 'pytest', '-k', 'a or b'] and env['OMP_NUM_THREADS']=='1' and env['PYTHONWARNINGS']=='ignore::FutureWarning'
+    assert args==['-m', 'pytest', '-n', '2', '--dist', 'loadfile', '-k', 'a or b'] and env['OMP_NUM_THREADS']=='1' and env['PYTHONWARNINGS']=='ignore::FutureWarning'
     for o in 'OMP_NUM_THREADS','PYTHONWARNINGS': monkeypatch.setenv(o, 'mine')
     fake.after('test')
     assert fake.ran[2]['OMP_NUM_THREADS']==fake.ran[2]['PYTHONWARNINGS']=='mine'

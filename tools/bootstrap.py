@@ -57,7 +57,7 @@ def run(cmd, args):
     env.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning')   # torch warns about fastai's torch.jit at every import
     if cmd=='demo': line = [str(bins/'fastswa_demo')]
     else:
-        line = [str(python),'-m','pytest']
+        line = [str(python),'-m','pytest','-n','2','--dist','loadfile']   # two files at a time
         env.setdefault('OMP_NUM_THREADS', '1')                  # tiny models train several times faster on one thread
         os.chdir(str(root))
     if os.name=='nt': sys.exit(subprocess.call(line+args, env=env))

@@ -26,7 +26,7 @@ def kernel_env(tmp):
     "What a kernel may inherit from its user's machine and must not"
     (tmp/'matplotlibrc').write_text(rc)
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])])   # this checkout's fastswa, installed or not
-    return dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore::FutureWarning', PYTHONPATH=path, MATPLOTLIBRC=str(tmp/'matplotlibrc'),
+    return dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore::FutureWarning,ignore:IProgress not found', PYTHONPATH=path, MATPLOTLIBRC=str(tmp/'matplotlibrc'),
                 MPLBACKEND='module://matplotlib_inline.backend_inline', IPYTHONDIR=str(tmp/'ipython'))
 
 def run_nb(p):
