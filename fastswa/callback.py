@@ -557,7 +557,7 @@ def restore(self:SWA,
 # %% ../nbs/30_callback.ipynb #661e33dc
 @patch(as_prop=True)
 def swa_model(self:SWA)->nn.Module:
-    """A copy of the model with the average in it, in evaluation mode; made anew each time.
+    """A copy of the model with the average in it, in evaluation mode; made anew each time. In a distributed fit that is going on, ask for it in every process.
 
     Raises RuntimeError if there is no average or the model cannot be copied; warns if its BatchNorm statistics were never measured."""
     if self._avg is None or not self._avg.n:
