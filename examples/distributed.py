@@ -43,5 +43,5 @@ if __name__=='__main__':
         if args.save:
             learn.path = args.save.absolute()
             learn.save('averaged')                                   # only the first process writes
-    if not rank_distrib(): print(f'{num_distrib()} processes, {swa.n_averaged} snapshots averaged: loss {loss:.4f}, accuracy {acc:.4f}')
+    if not rank_distrib(): print(f'{max(num_distrib(), 1)} processes, {swa.n_averaged} snapshots averaged: loss {loss:.4f}, accuracy {acc:.4f}')
     teardown_distrib()

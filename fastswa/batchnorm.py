@@ -17,7 +17,7 @@ import torch
 from torch import distributed as dist, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from fastcore.xtras import ReindexCollection
 from fastprogress.fastprogress import progress_bar
@@ -28,7 +28,7 @@ from fastai.callback.rnn import ModelResetter
 from fastai.callback.training import set_bn_eval, BnFreeze
 from fastai.data.load import DataLoader as FastaiDataLoader
 from fastai.learner import Learner
-from fastai.torch_core import get_model, to_device
+from fastai.torch_core import to_device
 
 # %% ../nbs/20_batchnorm.ipynb #e845f68e
 def merge_moments(
@@ -52,6 +52,24 @@ def bn_layers(
     "The layers that a refresh measures"
     layers = [m for m in model.modules() if _has_stats(m)]
     return [m for m in layers if m.training] or ([] if model.training else layers)
+
+def wrappers(
+    model:nn.Module, # A module, perhaps wrapped by `torch.compile`, `DataParallel` or `DistributedDataParallel`
+): # Generator of modules: `model` and each one within
+    "From the outermost wrapper to the user's own module"
+    while True:
+        yield model
+        if hasattr(model, '_orig_mod'): model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, DistributedDataParallel)): model = model.module
+        else: return
+
+def innermost(model): return [*wrappers(model)][-1]
+def is_ddp(model): return any(isinstance(o, DistributedDataParallel) for o in wrappers(model))
+
+def layer_names(model, layers):
+    "Where `layers` are in `model`, or those that took over their statistics, as `SyncBatchNorm` does"
+    names = {id(m.running_mean):k for k,m in innermost(model).named_modules() if _has_stats(m)}
+    return [names[id(m.running_mean)] for m in layers]
 
 def _check_scripted(model):
     hidden = [m.original_name for m in model.modules() if isinstance(m, torch.jit.ScriptModule) and 'BatchNorm' in m.original_name]
@@ -183,7 +201,7 @@ class _Measure:
 
     def result(self, model)->BNStats:
         "What was measured; layers that saw no data or gave no finite numbers keep what they had, and a warning says so"
-        names = {m:k for k,m in model.named_modules()}
+        names = {m:k for k,m in innermost(model).named_modules()}
         unseen = [names.get(m,'?') for k,m in enumerate(self.layers) if self.n[k]==0 and m.num_features]      # fastai's TabularModel has a layer for no columns
         means,vars,bad = [],[],[]
         for k,m in enumerate(self.layers):
@@ -251,13 +269,15 @@ def n_processes()->int:
 
 _sharders = {'DistributedDL','DistributedSampler','BatchSamplerShard','DataLoaderDispatcher','IterableDatasetShard'}   # fastai's, torch's, accelerate's
 
+def is_a(o, *names): return any(c.__name__ in names for c in type(o).__mro__)       # by name: the module it is from may not be installed
+
 def gives_parts(dl)->bool:
     "Whether each process gets another part of the data from `dl`"
-    return any(o.__name__ in _sharders for part in (*_stateful(dl), getattr(dl,'dataset',None)) for o in type(part).__mro__)
+    return any(is_a(o, *_sharders) for o in (*_stateful(dl), getattr(dl,'dataset',None)))
 
 def _leave_out_repeats(dl):
-    "fastai's loader repeats some items so that each process has as many: in the next iteration of `dl` they are left out"
-    if type(dl).__name__!='DistributedDL' or dl.drop_last: return
+    "fastai's loader repeats some items so that each process has as many: in the next iteration of `dl` they are left out. One that drops its last batch drops items anyway"
+    if not is_a(dl, 'DistributedDL') or dl.drop_last: return
     def get_idxs():
         del dl.get_idxs                                         # for one iteration, and never sent to a worker
         idxs = dl.get_idxs()
@@ -265,8 +285,11 @@ def _leave_out_repeats(dl):
     dl.get_idxs = get_idxs
 
 @patch
+def part(self:_Measure): return self.batches,self.n,self.mean.cpu(),self.m2.cpu()
+
+@patch
 def put_together(self:_Measure, parts):
-    "Take over what was measured in several places, each a tuple of (batches, counts, means, sums of squared deviations)"
+    "Take over what was measured in several places, the `part` of each"
     batches,n,mean,m2 = zip(*parts)
     n,mean,m2 = (torch.stack(o).to(self.dev) for o in (n,mean,m2))
     wide = n.repeat_interleave(torch.tensor(self.sizes, device=self.dev), dim=1)
@@ -274,22 +297,42 @@ def put_together(self:_Measure, parts):
     self.m2   = (m2+wide*(mean-self.mean)**2).sum(0)
     self.batches,self.n = sum(batches),n.sum(0).cpu()
 
-def measured_by_all(
-    run, # Function that makes a `_Measure` of what this process sees
-    shared:bool, # Whether other processes do the same now, with other parts of the data
-)->_Measure: # Of all parts
-    "What `run` measures, here or in all processes together. An error in one of these is a RuntimeError in the others"
-    res,error = None,None
-    try: res = run()
-    except Exception as e: error = e
-    if shared:
-        parts = [None]*n_processes()
-        mine = (res.batches,res.n,res.mean.cpu(),res.m2.cpu()) if error is None else f'{type(error).__name__}: {error}'
-        dist.all_gather_object(parts, mine)
-        failed = [(i,o) for i,o in enumerate(parts) if isinstance(o, str)]
-        if not failed: res.put_together(parts)
-        elif error is None: raise RuntimeError('the BatchNorm statistics are left as they were, measuring them failed in process {} with {}'.format(*failed[0]))
-    if error is not None: raise error
+class FailedElsewhere(RuntimeError): "Another process has failed, and this one had to stop too"
+
+def meet(
+    mine=None, # What this process brings, anything that can be pickled
+    error=None, # The exception that it failed with
+    dev=None, # A device of this process
+)->list: # What each process has brought
+    "All processes exchange something. Raises FailedElsewhere if another one brings an error"
+    parts = [None]*n_processes()
+    with torch.cuda.device(dev) if dev is not None and dev.type=='cuda' else nullcontext():      # NCCL exchanges by way of the current device
+        dist.all_gather_object(parts, (None if error is None else f'{type(error).__name__}: {error}', mine))
+    failed = next(((i,o[0]) for i,o in enumerate(parts) if o[0]), None)
+    if failed and error is None: raise FailedElsewhere(f'process {failed[0]} failed with {failed[1]}, so this one had to stop: nothing has been changed')
+    return [o[1] for o in parts]
+
+def by_all(
+    run, # Function of one argument, another function, which it may call for a meeting on the way
+    shared:bool, # Whether the other processes do the same now
+    bring=noop, # Function of what `run` returns: what to bring to the last meeting, when it is over
+    dev=None, # A device of this process
+)->tuple: # What `run` returns; what each process has brought, None if nothing is shared
+    "`run` in this process, where an error in one of those that share it is an error in all"
+    if not shared: return run(noop),None
+    try:
+        res = run(partial(meet, dev=dev))
+        return res,meet(bring(res), dev=dev)
+    except FailedElsewhere: raise
+    except Exception as e:
+        warnings.warn(f'process {dist.get_rank()} of {n_processes()} failed with {type(e).__name__}: {e}')       # now, should the meeting fail as well
+        meet(error=e, dev=dev)
+        raise
+
+def measured_by_all(run, shared, dev):
+    "The `_Measure` that `run` returns, of what all processes have seen"
+    res,parts = by_all(run, shared, _Measure.part, dev)
+    if shared: res.put_together(parts)
     return res
 
 # %% ../nbs/20_batchnorm.ipynb #2eba0fdd
@@ -324,6 +367,11 @@ def _force_eager(model):
     compiled = any(hasattr(m,'_orig_mod') or getattr(m,'_compiled_call_impl',None) is not None for m in model.modules())
     return torch.compiler.set_stance('force_eager') if compiled and hasattr(torch.compiler,'set_stance') else nullcontext()
 
+def _length(dl):
+    "Batches in `dl`, None if it does not know"
+    try: return len(dl)
+    except TypeError: return None
+
 def _n_batches(n, name='n_batches', what='batches', none=True):
     is_int = isinstance(n, Integral) and not isinstance(n, bool)
     if not (n is None and none) and not (is_int and n>0):
@@ -336,27 +384,33 @@ def update_bn(
     n_batches:int=None, # Batches to use, 1 or more; None: all
     call=None, # Function of (model, batch) that runs the model; None: see above
     pbar:bool=True, # Show a progress bar if it takes more than a few seconds
-    sync:bool=None, # Whether all processes call this with their parts of the data. None: if `dl` gives each one a part, or the model is a DistributedDataParallel
+    sync:bool=None, # Whether all processes call this, each with its part of the data. None: if `dl` is known to give each one a part
 )->nn.Module: # The same model
     """Give the BatchNorm layers of `model` the mean and variance of their inputs over the data in `dl`.
 
     The first layer's are those of the population exactly, whatever the batches; deeper layers see activations normalised by batch
     statistics and depend on the batch size a little. Dropout is off. Modes, momentum, counters and random streams are left as found,
     also when an error ends the pass: then the statistics are the old ones too. A model without BatchNorm costs nothing.
-    With `sync` each of several processes measures its part of the data and all end with the statistics of the whole; what a torch `DistributedSampler` repeats counts twice.
-    Raises TypeError or ValueError for a wrong `n_batches`, RuntimeError if another process failed; warns of an empty loader, of layers that
-    saw no data or no finite numbers, and of layers in TorchScript modules. Source: Izmailov et al. 2018, section 3.2."""
+    With `sync` each of several processes measures its part of the data, `n_batches` of it, and all end with the statistics of the whole: all
+    have to call this, or those that do will wait. What torch's and accelerate's samplers repeat, so that all have as many items, counts twice.
+    Raises TypeError or ValueError for a wrong `n_batches`, RuntimeError if another process failed; warns of an empty loader, of layers that saw
+    no data or no finite numbers, of layers in TorchScript modules, and of a distributed model that is measured by this process alone.
+    Source: Izmailov et al. 2018, section 3.2."""
     _n_batches(n_batches)
     _check_scripted(model)
     layers = bn_layers(model)
     if not layers: return model
-    inner,dev = get_model(model),layers[0].running_mean.device
-    total = min(o for o in (len(dl) if hasattr(dl,'__len__') else None, n_batches, 2**62) if o is not None)
-    shared = n_processes()>1 and (isinstance(model, DistributedDataParallel) or gives_parts(dl) if sync is None else sync)
-    def run():
-        measure,bar = _Measure(layers),_Bar(total, pbar and total<2**62)     # no bar for a loader that has no end in sight
+    inner,dev = innermost(model),layers[0].running_mean.device
+    total = min(o for o in (_length(dl), n_batches, 2**62) if o is not None)
+    shared = n_processes()>1 and (gives_parts(dl) if sync is None else sync)
+    if is_ddp(model) and not shared and sync is None:
+        warnings.warn('the model is distributed, and as far as can be seen this loader gives every process the same data: the statistics will be those of this process. '
+                      'If each has its part of the data, call update_bn(..., sync=True) in all of them; sync=False does without this warning')
+    def run(meet):
+        measure,bar = _Measure(layers),_Bar(total, pbar and total<2**62 and not (shared and dist.get_rank()))     # no bar for a loader that has no end in sight
         with rng_kept(dl), measure.listening(inner), _force_eager(model):
             if shared and not measure.synced: _leave_out_repeats(dl)
+            meet()
             try:
                 for i,b in enumerate(dl):
                     try: (call or _call)(inner, to_device(b, dev))
@@ -366,11 +420,11 @@ def update_bn(
                     if i+1==n_batches: break
             finally: bar.close()
         return measure
-    measured_by_all(run, shared).result(model).install()
+    measured_by_all(run, shared, dev).result(model).install()
     return model
 
-# %% ../nbs/20_batchnorm.ipynb #55c5ad92
-def _is_distributed(cb): return type(cb).__name__=='DistributedTrainer'     # by name: its module needs accelerate
+# %% ../nbs/20_batchnorm.ipynb #cfd789e1
+def _is_distributed(cb): return is_a(cb, 'DistributedTrainer')
 
 def forward_cbs(
     cbs, # Callbacks of a learner
@@ -380,7 +434,7 @@ def forward_cbs(
     def keep(cb):
         if isinstance(cb, ModelResetter) or _is_distributed(cb): return True
         if isinstance(cb, (MixHandler, GatherPredsCallback)) or getattr(type(cb),'remove_on_fetch',False): return False
-        if any(o.__name__=='TensorBoardBaseCallback' for o in type(cb).__mro__): return False      # looks at predictions, to log them
+        if is_a(cb, 'TensorBoardBaseCallback'): return False                                       # looks at predictions, to log them
         return cb.run_valid and has(cb, 'before_batch', 'after_pred', 'after_loss')
     return [cb for cb in cbs if keep(cb)]
 
@@ -423,13 +477,12 @@ def side_pass(
 class _Pump(Callback):
     "Drives a `_Measure` with the batches of a side pass"
     order = 100
-    def __init__(self, measure, n_batches, bar, kept, shared): self.measure,self.n_batches,self.bar,self.kept,self.shared,self.i = measure,n_batches,bar,kept,shared,0
+    def __init__(self, n_batches, bar, kept, shared, meet): self.n_batches,self.bar,self.kept,self.shared,self.meet,self.i = n_batches,bar,kept,shared,meet,0
     def before_validate(self):
-        self.wrapped = self.learn.model
-        self.learn.model = get_model(self.wrapped)              # no process waits for another, no replica measures what nobody will see
+        self.learn.model = innermost(self.learn.model)          # no process waits for another, no replica measures what nobody will see
         if self.shared and not self.measure.synced: _leave_out_repeats(self.learn.dl)
         self.measure.arm(self.learn.model)
-    def after_validate(self): self.learn.model = self.wrapped
+        self.meet()
     def after_cancel_batch(self):
         for cb in self.kept:
             if isinstance(cb, MixedPrecision): cb.after_loss()    # leaves the autocast that before_batch entered
@@ -452,27 +505,27 @@ def learner_stats(
     progress = getattr(learn, 'progress', None) if learn.create_mbar else None
     bar = _Bar(min(len(dl), n_batches or len(dl)), progress is not None, getattr(progress, 'mbar', None))
     kept = forward_cbs(learn.cbs)
-    shared = n_processes()>1 and (isinstance(learn.model, DistributedDataParallel) or any(map(_is_distributed, kept)) or gives_parts(dl))
-    names = {m:k for k,m in get_model(learn.model).named_modules()}
-    pump = _Pump(None, n_batches, bar, kept, shared)
-    def run():
+    shared = n_processes()>1 and (is_ddp(learn.model) or any(map(_is_distributed, kept)) or gives_parts(dl))
+    names = layer_names(learn.model, layers)
+    def run(meet):
+        pump = _Pump(n_batches, bar, kept, shared, meet)
         with side_pass(learn, dl, [pump]):
-            model = get_model(learn.model)
-            pump.measure = measure = _Measure([model.get_submodule(names[m]) for m in layers])    # a distributed trainer may just have replaced them by SyncBatchNorm
+            wrapped,model = learn.model,innermost(learn.model)
+            pump.measure = measure = _Measure([model.get_submodule(k) for k in names])      # a distributed trainer may just have made SyncBatchNorm of the layers
             measure.may_stop = all(type(cb).__module__.startswith('fastai.') and type(cb) is not Callback for cb in kept)   # others may count on after_loss
             with measure.listening(model):
                 try: learn._with_events(learn.all_batches, 'validate', CancelValidException)
                 except _cancels: pass
-                finally: bar.close()
+                finally: learn.model = wrapped; bar.close()
         return measure
-    return measured_by_all(run, shared).result(get_model(learn.model))
+    return measured_by_all(run, shared, layers[0].running_mean.device).result(learn.model)
 
 # %% ../nbs/20_batchnorm.ipynb #8bfd666a
 def trained_layers(
     learn:Learner, # Not in the middle of an epoch
 )->list: # BatchNorm layers
     "The layers that `learn` trains: all but those that `BnFreeze` keeps frozen"
-    model = get_model(learn.model)
+    model = innermost(learn.model)
     modes = [(m,m.training) for m in model.modules()]
     try:
         model.train()

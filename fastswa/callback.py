@@ -27,7 +27,7 @@ from fastai.learner import AvgLoss, Learner, ValueMetric
 from fastai.torch_core import get_model, rank_distrib
 
 from .average import WeightAverage, all_finite, own_name, unwrap
-from .batchnorm import BNStats, _cancels, _is_distributed, _n_batches, bn_layers, gives_parts, learner_stats, n_processes, side_pass, trained_layers
+from .batchnorm import BNStats, _cancels, _is_distributed, _n_batches, bn_layers, gives_parts, layer_names, learner_stats, n_processes, side_pass, trained_layers
 from .schedule import Cycles, _is_int, _check_cycles, _check_lr, cycle_lr, draw_sched, group_lrs, sched_authors, swa_cycles
 
 # %% ../nbs/30_callback.ipynb #e02434dc
@@ -374,8 +374,9 @@ def _use_loaded(self:SWA, model):
     "Make an average for `model` out of the state that was loaded"
     state,avg = self._loaded,WeightAverage(model)
     avg.load_state_dict(state)
-    layers = None if state['layers'] is None else [model.get_submodule(k) for k in state['layers']]
-    bn = None if state['bn'] is None else {model.get_submodule(k):v for k,v in state['bn'].items()}
+    def layer(k): return model.get_submodule(own_name(k))
+    layers = None if state['layers'] is None else [*map(layer, state['layers'])]
+    bn = None if state['bn'] is None else {layer(k):v for k,v in state['bn'].items()}
     stats = lambda i: [v[i].to(m.running_mean.device) for m,v in bn.items()]
     self._avg,self._layers,self._bn = avg,layers,None if bn is None else BNStats(list(bn), stats(0), stats(1))
     self._peaks = None if state['peaks'] is None else np.array(state['peaks'])
@@ -533,7 +534,8 @@ def _known(self:SWA, learn, what):
 def apply(self:SWA,
     learn:Learner, # The learner of the fit, or after `load` one with the same architecture
 ):
-    """Put the average into `learn.model`, BatchNorm statistics included (measured now if they are not known). A second call does nothing.
+    """Put the average into `learn.model`, BatchNorm statistics included (measured now if they are not known: in a distributed run by
+    all processes together, so each has to call this). A second call does nothing.
 
     Raises TypeError without a learner, RuntimeError if nothing has been averaged or the average is gone."""
     model = self._known(learn, 'apply')
@@ -585,8 +587,8 @@ def copy_to(self:SWA,
     if self._avg is None: raise RuntimeError('there is no average yet')
     self._avg.copy_to(model)
     if self._bn is not None:
-        names = {m:own_name(k) for k,m in self._avg._model.named_modules()}
-        BNStats([unwrap(model).get_submodule(names[m]) for m in self._bn.layers], self._bn.means, self._bn.vars).install()
+        layers = [unwrap(model).get_submodule(own_name(k)) for k in layer_names(self._avg._model, self._bn.layers)]
+        BNStats(layers, self._bn.means, self._bn.vars).install()
     return model
 
 # %% ../nbs/30_callback.ipynb #30d65ffc
@@ -595,9 +597,9 @@ def state_dict(self:SWA)->dict:
     "Everything needed to go on in another process: the average, its count and statistics, the highest learning rates"
     if self._loaded is not None: return self._loaded
     avg = dict(n=0, average={}) if self._avg is None else self._avg.state_dict()
-    names = {} if self._avg is None else {m:own_name(k) for k,m in self._avg._model.named_modules()}
-    bn = None if self._bn is None else {names[m]:(mean,var) for m,mean,var in zip(self._bn.layers, self._bn.means, self._bn.vars)}
-    layers = None if self._layers is None else [names[m] for m in self._layers]
+    def names(layers): return [own_name(k) for k in layer_names(self._avg._model, layers)]
+    bn = None if self._bn is None else dict(zip(names(self._bn.layers), zip(self._bn.means, self._bn.vars)))
+    layers = None if self._layers is None else names(self._layers)
     return dict(avg, bn=bn, layers=layers, done=self._done, peaks=None if self._peaks is None else [float(o) for o in self._peaks], collected=list(self.collected))
 
 @patch

@@ -22,10 +22,10 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
-from fastai.torch_core import distrib_barrier, get_model, rank_distrib
+from fastai.torch_core import get_model, rank_distrib
 
 from .average import lend, own_name, unwrap
-from .batchnorm import _Bar, _cancels, _n_batches, bn_layers, learner_stats, rng_kept, side_pass, trained_layers
+from .batchnorm import _Bar, _cancels, _n_batches, bn_layers, by_all, is_ddp, learner_stats, n_processes, rng_kept, side_pass, trained_layers
 from .callback import CycleCallback, _Refresh
 from .schedule import Cycles, _is_int, _check_cycles, _check_lr, group_lrs
 
@@ -126,8 +126,7 @@ def inverse(
 def _state(model):
     "Parameters by name, tied ones under each of their names, and the buffers a checkpoint would have"
     keep = set(model.state_dict())
-    bufs = (o for o in model.named_buffers(remove_duplicate=False) if o[0] in keep)
-    return {own_name(k):v for k,v in (*model.named_parameters(remove_duplicate=False), *bufs)}
+    return {**dict(model.named_parameters(remove_duplicate=False)), **{k:v for k,v in model.named_buffers(remove_duplicate=False) if k in keep}}
 
 def _copy(state, device):
     "A copy of each tensor, and one only of those that are tied"
@@ -140,7 +139,7 @@ def lend_state(
     state:dict, # Tensors by name: parameters and buffers of a model of this architecture
 ):
     "Inside the block `model` has the parameters (by pointer) and buffers (by value) in `state`, its own again after it. Raises ValueError for another architecture"
-    own = _state(model)
+    own,state = ({own_name(k):v for k,v in o.items()} for o in (_state(model), state))
     diff = set(own)^set(state) or {k for k,v in own.items() if isinstance(v, nn.Parameter) and v.shape!=state[k].shape}
     if diff: raise ValueError(f'this ensemble is of another model: {len(diff)} parameters or buffers differ in name or shape, such as {sorted(diff)[0]}')
     params,bufs = ({k:v for k,v in own.items() if isinstance(v, nn.Parameter)==is_param} for is_param in (True,False))
@@ -208,9 +207,17 @@ def _put(self:Ensemble, it, member):
     "Keep a member, in memory or in a file"
     if isinstance(self.keep_on, torch.device): return member
     file = _file(self._folder(), it)
-    if self.keep_on=='disk' or not rank_distrib(): _write(file, member)      # temporary files are each process's own
-    if self.keep_on!='disk': distrib_barrier()                               # the others may read it now
+    if self.keep_on=='disk': _write(file, member)         # temporary files are each process's own
+    else: self._by_all(lambda: None if self._shared and rank_distrib() else _write(file, member))       # then the others may read it
     return file
+
+@patch(as_prop=True)
+def _shared(self:Ensemble): return n_processes()>1 and is_ddp(self.learn.model)
+
+@patch
+def _by_all(self:Ensemble, f):
+    "`f()`, after which the processes of a distributed fit meet"
+    return by_all(lambda meet: f(), self._shared)[0]
 
 @patch
 def _check_place(self:Ensemble):
@@ -249,15 +256,16 @@ def _take(self:Ensemble, model):
 def _resume_or_reset(self:Ensemble, model):
     "A fit with `start_epoch` goes on with the members up to there, those in a folder of files too; else a new ensemble begins"
     done = self._epoch*self._cycles.n_iter
-    self._check_place()                                 # known now, not when the first member comes
-    if isinstance(self.keep_on, Path):
-        left = _its(self.keep_on)
-        if done and not self._members: self._members = [_file(self.keep_on, o) for o in left]
-        elif left and not done: raise ValueError(f'{self.keep_on} holds {len(left)} members of an earlier fit: give another folder or empty this one. To use them call load, to go on with that fit start_epoch')
-    while self._members and not done: self._drop(0)
-    self._members = list(self._members)
-    its = [self._get(k)['it'] for k in range(self.n_members)]
-    if isinstance(self.keep_on, Path): distrib_barrier()  # nobody deletes what another has yet to read
+    def find():
+        self._check_place()                             # known now, not when the first member comes
+        if isinstance(self.keep_on, Path):
+            left = _its(self.keep_on)
+            if done and not self._members: self._members = [_file(self.keep_on, o) for o in left]
+            elif left and not done: raise ValueError(f'{self.keep_on} holds {len(left)} members of an earlier fit: give another folder or empty this one. To use them call load, to go on with that fit start_epoch')
+        while self._members and not done: self._drop(0)
+        self._members = list(self._members)
+        return [self._get(k)['it'] for k in range(self.n_members)]
+    its = self._by_all(find)                             # nobody deletes what another process has yet to read
     for k in reversed(range(len(its))):
         if its[k]>done: self._drop(k)                    # of a walk that is not the one that goes on here
     self.collected = [o for o in its if o<=done]
@@ -278,7 +286,7 @@ def _finish(self:Ensemble):
     if self.bn_batches==0: return
     model = unwrap(self.learn.model)
     layers = trained_layers(self.learn) if self._layers is None else self._layers
-    names = {m:own_name(k) for k,m in model.named_modules()}
+    names = {m:k for k,m in model.named_modules()}
     for k in range(self.n_members):
         m = self._get(k)
         with lend_state(model, m['state']): stats = learner_stats(self.learn, layers, self.bn_batches)

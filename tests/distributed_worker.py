@@ -104,10 +104,13 @@ def statistics_are_those_of_one_process():
 @check
 def what_is_repeated_to_fill_up_does_not_count():
     n = 203
-    learn,_ = fitted(2, learn=split(n=n), cbs=SWA())
+    class Left(Callback):
+        order = -50                                          # the refresh is over, the loaders are still those of a distributed fit
+        def after_fit(self): self.learn.kinds = [type(o).__name__ for o in self.dls] + [k for o in self.dls for k in vars(o) if k=='get_idxs']
+    learn,_ = fitted(2, learn=split(n=n), cbs=[SWA(),Left()])
     pop = learn.model[0](X[:n]).transpose(0,1).flatten(1).double()
     close(stats(learn.model)[:2], [pop.mean(1),pop.var(1, unbiased=False)], 1e-5)
-    assert 'get_idxs' not in vars(learn.dls.train)
+    assert learn.kinds==['DistributedDL']*2
 
 @check
 def bn_batches_are_those_of_each_process():
@@ -198,6 +201,25 @@ def ensembles_in_memory_and_in_files():
         torch.testing.assert_close(probs, torch.stack(alone).mean(0), atol=1e-5, rtol=1e-5)
 
 @check
+def one_process_alone_waits_for_nobody():
+    if rank: return
+    ens = SnapshotEnsemble(2, keep_on=folder/'alone')
+    learn = split()
+    learn.remove_cbs([ProgressCallback, Recorder])           # whose metrics wait for all processes
+    learn.fit(2, cbs=ens)
+    assert ens.n_members==2==len(list((folder/'alone').iterdir()))
+
+@check
+def a_folder_that_one_cannot_use():
+    "is an error in all"
+    mine = folder/f'mine{rank}'
+    mine.mkdir()
+    if rank==W-1: torch.save({}, mine/'member_00000001.pt')
+    try: fitted(2, learn=split(), cbs=SnapshotEnsemble(2, keep_on=mine))
+    except (ValueError,RuntimeError) as e: err = e
+    assert 'members of an earlier fit' in str(err) and isinstance(err, ValueError if rank==W-1 else RuntimeError)
+
+@check
 def outside_of_a_fit():
     "`learn.update_bn()` in the context shares the work; a plain one in a single process waits for nobody"
     learn,seen = split(),[]
@@ -217,9 +239,15 @@ def plain_torch_with_a_sampler():
     update_bn(whole, [(X[:240][idx],) for i in range(0,240//W,20) for idx in [torch.arange(r, 240, W)[i:i+20] for r in range(W)]])
     update_bn(parts, TorchLoader(ds, 20, sampler=sampler))
     close(stats(whole), stats(parts))
-    wrapped = DistributedDataParallel(net())
-    update_bn(wrapped, [X[rank::W][:240//W]][:1])            # no sampler to tell, but the model does
-    assert equal_everywhere(stats(wrapped)) and not same(stats(wrapped), stats(whole))
+    mine = [X[rank::W][:80]]                                 # no sampler to tell that these are parts
+    for wrapped in DistributedDataParallel(net()),torch.compile(DistributedDataParallel(net()), backend='eager'):
+        with warnings.catch_warnings(record=True) as ws:
+            warnings.simplefilter('always')
+            update_bn(wrapped, mine)
+        assert [o for o in ws if 'sync=True' in str(o.message)] and not equal_everywhere(stats(wrapped))
+        update_bn(wrapped, mine, sync=True)
+        assert equal_everywhere(stats(wrapped))
+    if not rank: update_bn(wrapped, [X[:40]], sync=False)        # one alone
     own = net()
     update_bn(own, TorchLoader(ds, 20, sampler=sampler), sync=False)
     assert not equal_everywhere(stats(own))
@@ -245,19 +273,28 @@ def an_error_in_one_is_an_error_in_all():
     before = state(m)
     try: update_bn(m, Bad(), sync=True)
     except (OSError,RuntimeError) as e: err = e
-    assert type(err)==(OSError if rank==W-1 else RuntimeError) and 'disk gone' in str(err)
+    assert isinstance(err, OSError if rank==W-1 else RuntimeError) and 'disk gone' in str(err)
     assert rank==W-1 or f'process {W-1}' in str(err)
     assert same(before, state(m))
     class Fails(Callback):
+        "In the refresh, in one process"
         order,run_valid = 20,True
-        def before_batch(self):
-            if not self.training and rank==W-1 and getattr(self.learn.dl, 'dl', None) is old: raise OSError('bad picture')
-    learn = made()
-    old = learn.dls.train
-    with quiet(learn), ctx(learn):
-        try: learn.fit(1, cbs=[SWA(),Fails()])
-        except (OSError,RuntimeError) as e: err = e
-    assert 'bad picture' in str(err) and type(err)==(OSError if rank==W-1 else RuntimeError)
+        def __init__(self, event, exc): self.event,self.exc = event,exc
+        def __call__(self, event):
+            if event==self.event and rank==W-1 and not self.training and getattr(self.learn.dl, 'dl', None) is old: raise self.exc('bad picture')
+        def after_loss(self): pass                           # what has it kept in the refresh
+    for event,exc in ('before_batch',OSError),('before_validate',OSError),('before_batch',CancelFitException):
+        for method in 'fit','update_bn':
+            learn = made()
+            old,cb,err = learn.dls.train,Fails(event, exc),None
+            with quiet(learn), ctx(learn):
+                try:
+                    if method=='fit': learn.fit(1, cbs=[SWA(),cb])
+                    else: learn.add_cb(cb); learn.update_bn()
+                except (OSError,RuntimeError) as e: err = e
+            if exc is CancelFitException: assert err is None and equal_everywhere(stats(learn.model)), (err,event,method)      # ends its pass early
+            else: assert 'bad picture' in str(err) and isinstance(err, OSError if rank==W-1 else RuntimeError), (err,event,method)
+            if method!='fit': assert learn.dls.train is old and type(learn.model) is nn.Sequential
 
 class CpuSync(nn.SyncBatchNorm):
     "What SyncBatchNorm computes, which torch has for GPUs only"
@@ -309,7 +346,7 @@ def mixed_precision_of_accelerate():
 
 def main():
     from accelerate import Accelerator, InitProcessGroupKwargs
-    Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=60))])
+    Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=120))])
     only = sys.argv[2:]
     results = {}
     for f in checks:

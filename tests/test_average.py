@@ -244,10 +244,17 @@ def test_finite():
     t = torch.ones(10)
     assert all_finite([t, t.half(), t.bfloat16(), torch.zeros(0), t.to(torch.complex64), torch.full((3,), 1e300, dtype=torch.float64)])
     assert all_finite([torch.full((n,), 3e38) for n in (10,9000)])                   # though their sum is not
+    assert all_finite([torch.full((n,), 6e4, dtype=torch.float16) for n in (10,9000)])
     for bad in (float('inf'), -float('inf'), float('nan')):
         for n in (10,10000):
             t = torch.ones(n); t[3] = bad
             assert not all_finite([torch.ones(2), t]) and not all_finite([t.half()]) and not all_finite([torch.ones(9000), t.double(), torch.ones(3)])
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+def test_finding_out_allocates_nothing(dtype):
+    t = torch.ones(10**6, dtype=dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: assert all_finite([t])
+    assert max((e.cpu_memory_usage for e in prof.events()), default=0) <= 64
 
 def test_old_style_weight_norm_and_no_reference_kept():
     m = nn.utils.weight_norm(nn.Linear(3,3)); m(torch.randn(2,3))   # deepcopy fails on this one

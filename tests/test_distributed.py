@@ -1,12 +1,12 @@
 """Distributed fits: what `distributed_worker.py` checks in 2 and 3 processes that torchrun starts, in 2 that accelerate starts; the example; and DataParallel
 
 All of these are started together, and each test waits for its own."""
-import ast, json, os, signal, subprocess, sys, time
+import ast, gc, json, os, signal, subprocess, sys, weakref
 import pytest, torch
 from common import *
 from fastai.distributed import ParallelTrainer
 from fastswa.all import *
-from fastswa.batchnorm import _Measure, gives_parts, measured_by_all, n_processes
+from fastswa.batchnorm import _Measure, by_all, gives_parts, n_processes
 
 here = Path(__file__).resolve().parent
 example = here.parent/'examples'/'distributed.py'
@@ -17,11 +17,11 @@ runs = {'2': ['torch.distributed.run','--standalone','--nproc_per_node=2'], '3':
 
 class Launch:
     "A command in a process group of its own"
-    def __init__(self, cmd, folder):
+    def __init__(self, cmd, folder, gpus=False):
         folder.mkdir()
         self.folder,self.log = folder,(folder/'log').open('w+')
-        env = {**os.environ, 'PYTHONPATH':str(here.parent), 'PYTHONWARNINGS':'ignore', 'OMP_NUM_THREADS':'1'}
-        for o in 'RANK','WORLD_SIZE','LOCAL_RANK','MASTER_ADDR','MASTER_PORT': env.pop(o, None)
+        env = {k:v for k,v in os.environ.items() if k not in ('RANK','WORLD_SIZE','LOCAL_RANK','MASTER_ADDR','MASTER_PORT') and not k.startswith('ACCELERATE_')}
+        env |= {'PYTHONPATH':str(here.parent), 'PYTHONWARNINGS':'ignore', 'OMP_NUM_THREADS':'1', **({} if gpus else {'CUDA_VISIBLE_DEVICES':''})}
         self.proc = subprocess.Popen([sys.executable,'-m',*cmd], stdout=self.log, stderr=self.log, env=env, cwd=folder, start_new_session=True)
     def alive(self):
         try: os.killpg(self.proc.pid, 0)
@@ -31,13 +31,11 @@ class Launch:
         if self.alive(): os.killpg(self.proc.pid, signal.SIGKILL)
         self.proc.wait()
         self.log.close()
-    def output(self): self.log.flush(); return (self.folder/'log').read_text()
-    def wait(self, timeout=240):
-        "What it printed; an AssertionError with that in it if it failed or did not end"
+    def wait(self, timeout=300):
+        "What it printed and its exit code, None if it had to be stopped"
         try: code = self.proc.wait(timeout)
-        except subprocess.TimeoutExpired: self.stop(); code = f'none after {timeout} s'
-        assert code==0, f'exit code {code}\n{self.output()[-5000:]}'
-        return self.output()
+        except subprocess.TimeoutExpired: self.stop(); code = None
+        return (self.folder/'log').read_text(),code
 
 @pytest.fixture(scope='module')
 def launched(tmp_path_factory):
@@ -51,26 +49,37 @@ def launched(tmp_path_factory):
 
 @pytest.mark.parametrize('procs,check', [(k,o) for k in runs for o in checks if (o==by_accelerate)==(k=='accelerate')])
 def test_in_every_process(launched, procs, check):
-    launched[procs].proc.wait(240)
+    out,_ = launched[procs].wait()
     results = launched[procs].folder/'results.json'
-    assert results.exists(), launched[procs].output()[-5000:]
+    assert results.exists(), out[-5000:]
     results = json.loads(results.read_text())
-    assert check in results, f'it never ended\n{launched[procs].output()[-5000:]}'
+    assert check in results, f'it never ended\n{out[-5000:]}'
     assert not results[check], results[check]
 
 @pytest.mark.parametrize('run', [*runs,'example'])
 def test_nothing_is_left_running(launched, run):
-    launched[run].wait()
+    out,code = launched[run].wait()
+    assert code==0, out[-5000:]
     assert not launched[run].alive()
 
 def test_example(launched):
-    out = launched['example'].wait()
+    out,_ = launched['example'].wait()
     assert '2 processes, 10 snapshots averaged: loss' in out and 'swa_accuracy' in out
     assert [o.name for o in launched['example'].folder.rglob('*.pth')]==['averaged.pth']
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count()<2, reason='needs two GPUs')
+def test_example_on_gpus(tmp_path):
+    "NCCL and SyncBatchNorm"
+    run = Launch([*runs['2'], str(example), '--epochs=2'], tmp_path/'run', gpus=True)
+    try: out,code = run.wait()
+    finally: run.stop()
+    assert code==0 and '2 processes, 10 snapshots averaged: loss' in out, out
 
 # What needs one process only
 # ------------------------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there DataParallel takes no model on the CPU')
 @pytest.mark.parametrize('where', ['fit','context'])
 def test_data_parallel(where):
     "On a machine without GPUs DataParallel passes everything on to the module it wraps"
@@ -101,17 +110,60 @@ def test_replicas_do_not_measure():
     update_bn(learn.model, learn.dls.train)
     for k,v in learn.model.state_dict().items(): torch.testing.assert_close(there[k], v)
 
-def test_layers_that_a_trainer_replaces_outside_of_a_fit():
-    "`to_distributed` turns BatchNorm into SyncBatchNorm when a pass begins"
-    class DistributedTrainer(Callback):
-        order = 11
-        def before_fit(self): self.learn.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.learn.model)
-    learn = learner(cbs=DistributedTrainer(), shuffle=False)
+class DistributedTrainer(Callback):
+    "fastai's makes new SyncBatchNorm layers each time that anything begins"
+    order = 11
+    def before_fit(self): self.learn.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.learn.model)
+class SubclassOfIt(DistributedTrainer): pass
+
+@pytest.mark.parametrize('trainer', [DistributedTrainer, SubclassOfIt])
+def test_layers_that_a_trainer_replaces_outside_of_a_fit(trainer):
+    learn = learner(cbs=trainer(), shuffle=False)
     old = learn.model[1]
     with quiet(learn): learn.update_bn()
     assert type(learn.model[1]) is nn.SyncBatchNorm and learn.model[1] is not old
     pop = learn.model[0](X[:200]).transpose(0,1).flatten(1).double()
     torch.testing.assert_close(learn.model[1].running_mean.double(), pop.mean(1), atol=1e-5, rtol=1e-5)
+
+def test_average_of_a_model_whose_layers_are_replaced(tmp_path):
+    learn,swa,spy = learner(cbs=DistributedTrainer(), shuffle=False),SWA(eval_every=1),Spy()
+    fit(learn, 3, cbs=[swa,spy])
+    last,average = learn.recorder.values[-1],state(learn.model)
+    with quiet(learn):
+        np.testing.assert_allclose(learn.validate(), last[-2:], rtol=1e-6)
+        swa.restore(learn)
+        assert same(weights(learn.model), spy.ws[-1])
+        np.testing.assert_allclose(learn.validate(), last[1:3], rtol=1e-6)         # its statistics too
+        swa.apply(learn)
+        assert same(state(learn.model), average)
+        learn.validate()
+        swa.save(tmp_path/'s')
+        plain = learner(net())
+        swa.copy_to(plain.model)
+        for m in plain.model,swa.swa_model: assert all(torch.equal(v, average[k]) for k,v in m.state_dict().items() if 'tracked' not in k)
+        for at_once in True,False:                                                 # loaded, and measured by a pass that replaces the layers again
+            other,again = learner(cbs=DistributedTrainer(), shuffle=False),SWA().load(tmp_path/'s')
+            if not at_once: again._loaded['bn'] = None
+            again.apply(other)
+            for k,v in other.model.state_dict().items():
+                if 'tracked' not in k: torch.testing.assert_close(v, average[k])
+            again.restore(other); again.apply(other)
+
+def test_failed_pass_is_forgotten():
+    "Nothing of it stays in memory, on a GPU that would be all activations"
+    class Big: pass
+    seen = []
+    def dl():
+        big = Big()
+        seen.append(weakref.ref(big))
+        yield X[:20]
+        raise OSError('disk gone')
+    gc.collect(); gc.disable()
+    try:
+        try: update_bn(net(), dl())
+        except OSError: pass
+        assert seen[0]() is None
+    finally: gc.enable()
 
 def test_who_gives_parts():
     ds = torch.utils.data.TensorDataset(X,Y)
@@ -126,8 +178,8 @@ def test_who_gives_parts():
     assert n_processes()==1
 
 def test_one_process_exchanges_nothing():
-    def run(): raise OSError('as it is')
-    with pytest.raises(OSError, match='as it is'): measured_by_all(run, False)
+    def run(meet): meet(); raise OSError('as it is')
+    with pytest.raises(OSError, match='as it is'): by_all(run, False)
 
 def test_parts_with_nothing_in_them():
     m = _Measure([nn.BatchNorm1d(2)])
