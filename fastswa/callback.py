@@ -114,11 +114,11 @@ def before_epoch(self:CycleCallback):
 @patch
 def before_train(self:CycleCallback):
     if not self._armed or self.learn.lock.locked(): return
-    if not self._active: self._begin(_length(self.learn.dls.train))
+    if not self._active: self._begin(_epoch_length(self.learn.dls.train))
     self._done = self._epoch*self._cycles.n_iter
     self._look_ahead()
 
-def _length(dl):
+def _epoch_length(dl):
     "Batches in an epoch; TypeError for a loader that does not know, with which fastai cannot train either"
     try: return len(dl)
     except TypeError as e: raise TypeError('the training DataLoader has no length, so nobody knows where its epochs end: give its dataset a __len__, or a fastai DataLoader n=number of items') from e
@@ -641,7 +641,7 @@ def load(self:SWA,
 # %% ../nbs/30_callback.ipynb #dd39743a
 def _n_iter(learn):
     "Iterations in each epoch of a fit to come: a distributed one shares them out"
-    n = _length(learn.dls.train)
+    n = _epoch_length(learn.dls.train)
     return -(-n//n_processes()) if any(map(_is_distributed, learn.cbs)) and not gives_parts(learn.dls.train) else n
 
 @patch

@@ -80,6 +80,13 @@ class TakesDict(nn.Module):
     def __init__(self): super().__init__(); self.bn = nn.BatchNorm1d(3)
     def forward(self, d): return self.bn(d['x'])
 
+def test_loader_without_a_length():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter(X[:100])
+    m,want = net(),net()
+    update_bn(m, torch.utils.data.DataLoader(Stream(), 20)); update_bn(want, X[:100].split(20))
+    for a,b in zip(m.state_dict().values(), want.state_dict().values()): torch.testing.assert_close(a, b)
+
 def test_all_sorts_of_batches():
     x,z,y = torch.randn(30,3),torch.randn(30,2)+1,torch.zeros(30)
     cut = lambda *ts: list(zip(*(t.split(7) for t in ts)))
