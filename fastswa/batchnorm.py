@@ -267,6 +267,22 @@ def n_processes()->int:
     "How many processes train together"
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
+@patch
+def part(self:_Measure):
+    "What this process has measured, as `put_together` takes it"
+    return self.batches,self.n,self.mean.cpu(),self.m2.cpu()
+
+@patch
+def put_together(self:_Measure, parts):
+    "Take over what was measured in several places, the `part` of each"
+    batches,n,mean,m2 = zip(*parts)
+    n,mean,m2 = (torch.stack(o).to(self.dev) for o in (n,mean,m2))
+    wide = n.repeat_interleave(torch.tensor(self.sizes, device=self.dev), dim=1)
+    self.mean = (wide*mean).sum(0)/wide.sum(0).clamp_min(1)
+    self.m2   = (m2+wide*(mean-self.mean)**2).sum(0)
+    self.batches,self.n = sum(batches),n.sum(0).cpu()
+
+# %% ../nbs/20_batchnorm.ipynb #d1aed7dc
 _sharders = {'DistributedDL','DistributedSampler','BatchSamplerShard','DataLoaderDispatcher','IterableDatasetShard'}   # fastai's, torch's, accelerate's
 
 def is_a(o, *names): return any(c.__name__ in names for c in type(o).__mro__)       # by name: the module it is from may not be installed
@@ -284,19 +300,7 @@ def _leave_out_repeats(dl):
         return idxs[:max(dl.n-dl.rank*dl.n_padded//dl.world_size, 0)]
     dl.get_idxs = get_idxs
 
-@patch
-def part(self:_Measure): return self.batches,self.n,self.mean.cpu(),self.m2.cpu()
-
-@patch
-def put_together(self:_Measure, parts):
-    "Take over what was measured in several places, the `part` of each"
-    batches,n,mean,m2 = zip(*parts)
-    n,mean,m2 = (torch.stack(o).to(self.dev) for o in (n,mean,m2))
-    wide = n.repeat_interleave(torch.tensor(self.sizes, device=self.dev), dim=1)
-    self.mean = (wide*mean).sum(0)/wide.sum(0).clamp_min(1)
-    self.m2   = (m2+wide*(mean-self.mean)**2).sum(0)
-    self.batches,self.n = sum(batches),n.sum(0).cpu()
-
+# %% ../nbs/20_batchnorm.ipynb #0b4a4cc9
 class FailedElsewhere(RuntimeError): "Another process has failed, and this one had to stop too"
 
 def meet(
@@ -320,14 +324,13 @@ def by_all(
 )->tuple: # What `run` returns; what each process has brought, None if nothing is shared
     "`run` in this process, where an error in one of those that share it is an error in all"
     if not shared: return run(noop),None
-    try:
-        res = run(partial(meet, dev=dev))
-        return res,meet(bring(res), dev=dev)
+    try: res = run(partial(meet, dev=dev))
     except FailedElsewhere: raise
     except Exception as e:
         warnings.warn(f'process {dist.get_rank()} of {n_processes()} failed with {type(e).__name__}: {e}')       # now, should the meeting fail as well
         meet(error=e, dev=dev)
         raise
+    return res,meet(bring(res), dev=dev)
 
 def measured_by_all(run, shared, dev):
     "The `_Measure` that `run` returns, of what all processes have seen"
