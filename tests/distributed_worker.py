@@ -1,7 +1,7 @@
 """What must hold in a distributed fit, checked in every process: started by test_distributed.py as `torchrun ... distributed_worker.py results.json`
 
 Each function below is one check; an assertion that fails in any process fails the check."""
-import json, os, sys, traceback, warnings
+import gc, json, os, sys, traceback, warnings
 from datetime import timedelta
 from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
@@ -359,6 +359,10 @@ def main():
         errs = everywhere(err)
         results[f.__name__] = '\n'.join(f'process {i}: {o}' for i,o in enumerate(errs) if o)
         if not rank: Path(sys.argv[1]).write_text(json.dumps(results))
+    gc.collect()                                             # models of passes that failed still hold the group
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(0)                                              # torch's threads can abort a process that is over
 
 if __name__=='__main__': main()
