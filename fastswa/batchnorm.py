@@ -327,7 +327,7 @@ def by_all(
     try: res = run(partial(meet, dev=dev))
     except FailedElsewhere: raise
     except Exception as e:
-        warnings.warn(f'process {dist.get_rank()} of {n_processes()} failed with {type(e).__name__}: {e}')       # now, should the meeting fail as well
+        print(f'process {dist.get_rank()} of {n_processes()} failed with {type(e).__name__}: {e}', file=sys.stderr, flush=True)      # now, should the meeting fail as well
         meet(error=e, dev=dev)
         raise
     return res,meet(bring(res), dev=dev)
