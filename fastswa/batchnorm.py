@@ -130,6 +130,7 @@ class _Measure:
 
     def _everywhere(self, ks, n):
         "Elements in all processes for layers that share their statistics (`SyncBatchNorm`), those here for the others"
+        if not self.synced: return n
         groups = defaultdict(list)
         for i,k in enumerate(ks):
             if k in self.synced: groups[self.synced[k]].append(i)

@@ -27,7 +27,7 @@ from fastai.learner import AvgLoss, Learner, ValueMetric
 from fastai.torch_core import get_model, rank_distrib
 
 from .average import WeightAverage, all_finite, own_name, unwrap
-from .batchnorm import BNStats, _cancels, _is_distributed, _n_batches, bn_layers, gives_parts, layer_names, learner_stats, n_processes, side_pass, trained_layers
+from .batchnorm import BNStats, _cancels, _is_distributed, _length, _n_batches, bn_layers, gives_parts, layer_names, learner_stats, n_processes, side_pass, trained_layers
 from .schedule import Cycles, _is_int, _check_cycles, _check_lr, cycle_lr, draw_sched, group_lrs, sched_authors, swa_cycles
 
 # %% ../nbs/30_callback.ipynb #e02434dc
@@ -120,8 +120,9 @@ def before_train(self:CycleCallback):
 
 def _epoch_length(dl):
     "Batches in an epoch; TypeError for a loader that does not know, with which fastai cannot train either"
-    try: return len(dl)
-    except TypeError as e: raise TypeError('the training DataLoader has no length, so nobody knows where its epochs end: give its dataset a __len__, or a fastai DataLoader n=number of items') from e
+    n = _length(dl)
+    if n is None: raise TypeError('the training DataLoader has no length, so nobody knows where its epochs end: give its dataset a __len__, or a fastai DataLoader n=number of items')
+    return n
 
 @patch
 def _look_ahead(self:CycleCallback):

@@ -25,7 +25,7 @@ from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropy
 from fastai.torch_core import get_model, rank_distrib
 
 from .average import lend, own_name, unwrap
-from .batchnorm import _Bar, _cancels, _n_batches, bn_layers, by_all, is_ddp, learner_stats, n_processes, rng_kept, side_pass, trained_layers
+from .batchnorm import _Bar, _cancels, _n_batches, bn_layers, by_all, is_ddp, learner_stats, rng_kept, side_pass, trained_layers
 from .callback import CycleCallback, _Refresh
 from .schedule import Cycles, _is_int, _check_cycles, _check_lr, group_lrs
 
@@ -212,7 +212,7 @@ def _put(self:Ensemble, it, member):
     return file
 
 @patch(as_prop=True)
-def _shared(self:Ensemble): return n_processes()>1 and is_ddp(self.learn.model)
+def _shared(self:Ensemble): return is_ddp(self.learn.model)
 
 @patch
 def _by_all(self:Ensemble, f):

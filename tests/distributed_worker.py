@@ -4,12 +4,13 @@ Each function below is one check; an assertion that fails in any process fails t
 import gc, json, os, sys, traceback, warnings
 from datetime import timedelta
 from pathlib import Path
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+root = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(root/'tests'), str(root/'examples'), str(root)]
 
 from common import *
+from distributed import broadcast_on_cpu                     # the example
 from fastai.distributed import DistributedDL
 from fastswa.all import *
-from fastswa.average import unwrap
 from torch import distributed as dist
 from torch.nn.functional import batch_norm
 from torch.nn.parallel import DistributedDataParallel
@@ -20,12 +21,7 @@ torch.set_num_threads(1)
 rank,W = int(os.environ['RANK']),int(os.environ['WORLD_SIZE'])
 folder = Path(sys.argv[1]).parent
 
-def _broadcast(self, t, rank):
-    "fastai's own sends everything by way of a GPU"
-    t = torch.tensor(t)
-    dist.broadcast(t, rank)
-    return t.tolist()
-DistributedDL._broadcast = _broadcast
+DistributedDL._broadcast = broadcast_on_cpu
 
 def everywhere(o):
     res = [None]*W
@@ -324,9 +320,9 @@ def synchronised_layers():
         m = update_bn(sync_net(), mine, sync=sync)
         close(stats(m), stats(one), 1e-5)
         if sync: assert equal_everywhere(stats(m))
+    seed()
     flat = nn.Sequential(nn.Flatten(), nn.Linear(64,5), CpuSync(5), nn.Linear(5,5), CpuSync(5))
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64,5), nn.BatchNorm1d(5), nn.Linear(5,5), nn.BatchNorm1d(5))
-    plain.load_state_dict(flat.state_dict()); seed(); [o.reset_parameters() for m in (flat,) for o in m if isinstance(o, nn.Linear)]
     plain.load_state_dict(flat.state_dict())
     ones = [X[rank+10*i][None] for i in range(4)]            # one item in each process
     close(stats(update_bn(flat, ones, sync=True)), stats(update_bn(plain, [torch.cat(o) for o in zip(*everywhere(ones))])), 1e-5)
