@@ -449,10 +449,12 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fastswa.utils': { 'fastswa.utils._sync_folder': ('utils.html#_sync_folder', 'fastswa/utils.py'),
                                'fastswa.utils._temporary': ('utils.html#_temporary', 'fastswa/utils.py'),
                                'fastswa.utils.check_writable': ('utils.html#check_writable', 'fastswa/utils.py'),
+                               'fastswa.utils.get_modes': ('utils.html#get_modes', 'fastswa/utils.py'),
                                'fastswa.utils.is_int': ('utils.html#is_int', 'fastswa/utils.py'),
                                'fastswa.utils.is_num': ('utils.html#is_num', 'fastswa/utils.py'),
                                'fastswa.utils.plain_number': ('utils.html#plain_number', 'fastswa/utils.py'),
                                'fastswa.utils.read_file': ('utils.html#read_file', 'fastswa/utils.py'),
+                               'fastswa.utils.set_modes': ('utils.html#set_modes', 'fastswa/utils.py'),
                                'fastswa.utils.uninterrupted': ('utils.html#uninterrupted', 'fastswa/utils.py'),
                                'fastswa.utils.warn_user': ('utils.html#warn_user', 'fastswa/utils.py'),
                                'fastswa.utils.write_file': ('utils.html#write_file', 'fastswa/utils.py')}}}
