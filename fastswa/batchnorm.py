@@ -295,7 +295,7 @@ def rng_kept(
             for o,was in attrs: _set_attrs(o, was)
             for f,was in undo: f(was)
 
-# %% ../nbs/20_batchnorm.ipynb #74e1d41b
+# %% ../nbs/20_batchnorm.ipynb #2fab07b0
 def _shares(b):
     "Whether elements of `b` share their memory: nobody can write into such a tensor"
     return b.layout is torch.strided and any(st==0 and n>1 for st,n in zip(b.stride(), b.shape))
@@ -668,7 +668,7 @@ def learner_stats(
         return measure
     return measured_by_all(run, shared, layers[0].running_mean.device).result(learn.model)
 
-# %% ../nbs/20_batchnorm.ipynb #59cf128f
+# %% ../nbs/20_batchnorm.ipynb #cc374e6e
 _OutOfMemory = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)
 _no_memory = 'out of memory', "can't allocate memory", 'not enough memory', 'alloc_failed', 'outofmemoryerror'
 
@@ -709,9 +709,10 @@ def stats_that_fit(
             again = is_out_of_memory(e)
             if shared: again = all(meet(again, dev=layers[0].running_mean.device))       # an error in one process is one in all: they decide together
             if not again: raise
-            try: bs = (bs or _batch_size(dl))//2
+            try: tried = bs or _batch_size(dl)
             except TypeError as why: raise _OutOfMemory(f'{e}. BatchNorm statistics: {why}') from e
-            if bs<least: raise _OutOfMemory(f'{e}. BatchNorm statistics could not be measured, not even with batches of {bs*2} items: free some memory, and call learn.update_bn()') from e
+            bs = tried//2
+            if bs<least: raise _OutOfMemory(f'{e}. BatchNorm statistics could not be measured, not even with batches of {tried} items: free some memory, and call learn.update_bn()') from e
         if torch.cuda.is_initialized(): torch.cuda.empty_cache()          # here the exception is gone, and with it the frames that held tensors
     if bs is not None:
         warn_user(f'out of memory with batches of {dl.bs} items: BatchNorm statistics were measured with batches of {bs}, those of the deeper layers may differ a little')
