@@ -123,6 +123,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fastswa.batchnorm._going_on': ('batchnorm.html#_going_on', 'fastswa/batchnorm.py'),
                                    'fastswa.batchnorm._has_stats': ('batchnorm.html#_has_stats', 'fastswa/batchnorm.py'),
                                    'fastswa.batchnorm._is_distributed': ('batchnorm.html#_is_distributed', 'fastswa/batchnorm.py'),
+                                   'fastswa.batchnorm._is_list': ('batchnorm.html#_is_list', 'fastswa/batchnorm.py'),
                                    'fastswa.batchnorm._leave_out_repeats': ('batchnorm.html#_leave_out_repeats', 'fastswa/batchnorm.py'),
                                    'fastswa.batchnorm._length': ('batchnorm.html#_length', 'fastswa/batchnorm.py'),
                                    'fastswa.batchnorm._n_batches': ('batchnorm.html#_n_batches', 'fastswa/batchnorm.py'),
