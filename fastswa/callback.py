@@ -257,7 +257,7 @@ def _collect(self:CycleCallback):
     self._look_ahead()
     if not self._moved: return                                      # an epoch that was cancelled before its first batch
     self._moved,model = False,unwrap(self.learn.model)
-    if not all_finite(model.parameters()):
+    if not all_finite(p for p in model.parameters() if p.requires_grad):       # what cannot move may hold what it likes: a mask of -inf
         self._once('finite', f'the weights are not finite after {self._done} iterations (the training diverged?): such snapshots are left out')
         return
     with uninterrupted():                                           # the average and the list of what is in it agree
