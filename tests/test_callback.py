@@ -585,7 +585,7 @@ def test_resume_in_another_process_is_bit_identical(tmp_path):
         import sys, os, signal; sys.path.insert(0, {str(Path(__file__).parent)!r})
         from common import *
         from fastswa.callback import SWA
-        torch.set_num_threads(1)
+        torch.set_num_threads({torch.get_num_threads()})
         class EpochSeed(Callback):
             order = -20
             def before_epoch(self):

@@ -392,6 +392,9 @@ class Counter:
     n = 0
     def __call__(self, gm, args): self.n += 1; return gm.forward
 
+# Statistics are measured in eager mode, a stance that torch 2.6 brought: before it a refresh compiles the model once more
+can_be_eager = hasattr(torch.compiler, 'set_stance')
+
 def small(): seed(); return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64,10))
 
 def compiled(way, backend, m=None, **kw):
@@ -410,6 +413,7 @@ def test_compiled(way, fresh, tmp_path):
         fit(l, 4, cbs=[spy,*cbs])
         return l,spy,count
     ref,a,want = run()
+    if not want.n: pytest.skip(f'torch {torch.__version__} compiles no Sequential in place')
     swa,at = SWA(start=1, cycle_len=.4, swa_lr=.1, eval_every=1),[]
     class At(Callback):
         order,run_valid = 200,False
@@ -436,7 +440,7 @@ def test_a_compiled_part(fresh, tmp_path):
     count,want = Counter(),Counter()
     fit(learner(compiled('a part', want)), 3); torch._dynamo.reset()
     l,swa = learner(compiled('a part', count)),each(1); fit(l, 3, cbs=swa)
-    assert count.n==want.n>=2
+    assert want.n>=2 and (count.n==want.n or not can_be_eager)
     assert swa.n_averaged==2 and np.isfinite(last(l)[1:]).all()
     swa.save(tmp_path/'s')
     m = small(); other = learner(nn.Sequential(m[0], m[1:])); SWA().load(tmp_path/'s').apply(other)
