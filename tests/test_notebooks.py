@@ -1,9 +1,9 @@
 "Every notebook runs, each in a fresh process"
-import io,sys,multiprocessing as mp
+import io,os,sys,multiprocessing as mp
 from concurrent.futures import ProcessPoolExecutor,ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
+import pytest,torch
 from fastcore.xtras import working_directory
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
@@ -17,6 +17,9 @@ ctx.set_forkserver_preload(['fastai.vision.all'])
 def _run(nb):
     "Whether `nb` runs through, and the traceback where it does not"
     sys.__stderr__ = io.StringIO()   # where nbdev prints it
+    threads,set_num_threads = int(os.environ['OMP_NUM_THREADS']),torch.set_num_threads
+    torch.set_num_threads = lambda n: set_num_threads(threads)   # notebooks ask for one, as that is quickest
+    torch.set_num_threads(threads)
     with working_directory(nb.parent): ok,_ = run_nb(nb, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)
     return ok,sys.__stderr__.getvalue()
 

@@ -131,7 +131,7 @@ def test_columns_are_an_evaluation_under_autocast(dev, how, tmp_path):
     preds,want = by_hand(l, dev, dtypes[how])
     np.testing.assert_allclose(cols, want, rtol=1e-6)
     single = by_hand(l, dev)
-    assert abs(single[1][0]/want[0]-1)>1e-5                       # it makes a difference
+    assert not torch.equal(single[0], preds)                      # it makes a difference
     np.testing.assert_allclose(validate(l), cols, rtol=1e-6)      # afterwards too
     got,_ = l.get_preds(ds_idx=1, with_loss=False)
     torch.testing.assert_close(got, preds.softmax(1).cpu(), atol=1e-6, rtol=1e-5)
@@ -324,7 +324,7 @@ def test_half_precision_models(dev, dtype):
     for p,a,w in zip(m.parameters(), swa._avg.average, spy.mean(swa.collected)):
         torch.testing.assert_close(a.double(), w, atol=1e-6, rtol=1e-6)
         assert torch.equal(p, a.to(dtype))
-    assert (m[1].weight!=swa._avg.average[0]).float().mean()>.02 and at==[p.data_ptr() for p in m.parameters()]
+    assert not torch.equal(m[1].weight.float(), swa._avg.average[0]) and at==[p.data_ptr() for p in m.parameters()]
     assert_repeated(l)
     swa.restore(l); assert same(weights(m), spy.ws[-1]); swa.apply(l)
     full = swa.copy_to(nn.Sequential(*(type(o)(*a) for o,a in zip(m, [(),(64,4500),(4500,),(),(4500,10)]))).to(dev))
@@ -392,6 +392,9 @@ class Counter:
     n = 0
     def __call__(self, gm, args): self.n += 1; return gm.forward
 
+# Statistics are measured in eager mode, a stance that torch 2.6 brought: before it a refresh compiles the model once more
+can_be_eager = hasattr(torch.compiler, 'set_stance')
+
 def small(): seed(); return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64,10))
 
 def compiled(way, backend, m=None, **kw):
@@ -410,6 +413,7 @@ def test_compiled(way, fresh, tmp_path):
         fit(l, 4, cbs=[spy,*cbs])
         return l,spy,count
     ref,a,want = run()
+    if not want.n: pytest.skip(f'torch {torch.__version__} compiles no Sequential in place')
     swa,at = SWA(start=1, cycle_len=.4, swa_lr=.1, eval_every=1),[]
     class At(Callback):
         order,run_valid = 200,False
@@ -436,7 +440,7 @@ def test_a_compiled_part(fresh, tmp_path):
     count,want = Counter(),Counter()
     fit(learner(compiled('a part', want)), 3); torch._dynamo.reset()
     l,swa = learner(compiled('a part', count)),each(1); fit(l, 3, cbs=swa)
-    assert count.n==want.n>=2
+    assert want.n>=2 and (count.n==want.n or not can_be_eager)
     assert swa.n_averaged==2 and np.isfinite(last(l)[1:]).all()
     swa.save(tmp_path/'s')
     m = small(); other = learner(nn.Sequential(m[0], m[1:])); SWA().load(tmp_path/'s').apply(other)
@@ -460,13 +464,13 @@ def test_an_ensemble_of_a_compiled_part(fresh, tmp_path):
 @pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='needs a compiler')
 def test_compiled_for_real(fresh):
     import torch._inductor.config as config
-    def run(compile):
-        m = small(); l,spy,swa = learner(torch.compile(m) if compile else m, n_valid=64),Spy(),SWA(start=1, cycle_len=.4, swa_lr=.1, eval_every=1)
-        at = addresses(m); fit(l, 3, cbs=[swa,spy])
+    m = small(); l,spy,swa = learner(torch.compile(m), n_valid=64),Spy(),SWA(start=1, cycle_len=.4, swa_lr=.1, eval_every=1)
+    at = addresses(m)
+    with config.patch(compile_threads=1):
+        fit(l, 3, cbs=[swa,spy])
         assert at==addresses(m) and swa.n_averaged==5; assert_mean(m, spy, swa.collected)
-        return assert_repeated(l)
-    with config.patch(compile_threads=1): a = run(True)
-    np.testing.assert_allclose(a, run(False), rtol=1e-4)
+        row = assert_repeated(l, 1e-5)
+    np.testing.assert_allclose(row[3], by_hand(l, 'cpu')[1][0], rtol=1e-5)           # what is not compiled computes the same of these weights
 
 # ---- what only a GPU can tell
 
@@ -556,6 +560,6 @@ def test_cuda_graphs(gpu, fresh, how):
         row = last(l)
         for put,want in ((None,row[3]), (swa.restore,row[1]), (swa.apply,row[3])):       # the graph sees the weights that are in place now
             if put: put(l)
-            np.testing.assert_allclose(validate(l)[0], want, rtol=tol); assert at==addresses(m)
-        return row[[0,1,3]]
-    np.testing.assert_allclose(run(True), run(False), rtol=2e-2 if how else 1e-3)
+            got,plain = validate(l)[0],by_hand(l, 'cuda', torch.bfloat16 if how else None)[1][0]
+            np.testing.assert_allclose([got,got], [want,plain], rtol=tol); assert at==addresses(m)
+    run(True); run(False)
