@@ -43,6 +43,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastswa.average._are_finite': ('average.html#_are_finite', 'fastswa/average.py'),
                                  'fastswa.average._averaged': ('average.html#_averaged', 'fastswa/average.py'),
                                  'fastswa.average._byte_sum': ('average.html#_byte_sum', 'fastswa/average.py'),
+                                 'fastswa.average._check_saved': ('average.html#_check_saved', 'fastswa/average.py'),
                                  'fastswa.average._fill': ('average.html#_fill', 'fastswa/average.py'),
                                  'fastswa.average._fingerprints': ('average.html#_fingerprints', 'fastswa/average.py'),
                                  'fastswa.average._flat': ('average.html#_flat', 'fastswa/average.py'),

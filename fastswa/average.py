@@ -29,7 +29,8 @@ def unwrap(
     model:nn.Module, # A module, perhaps wrapped by `torch.compile`, `DataParallel` or `DistributedDataParallel`
 )->nn.Module: # The module inside all wrappers
     "The user's own module. Raises TypeError for what is no module"
-    if not isinstance(model, nn.Module): raise TypeError(f'give a model (an nn.Module), not {type(model).__name__}: that of a Learner is learn.model')
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'give a model (an nn.Module), not {type(model).__name__}: that of a Learner is learn.model')
     while True:
         if hasattr(model, '_orig_mod'): model = model._orig_mod
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
@@ -46,7 +47,7 @@ def _averaged(model):
     if not res: raise ValueError('the model has no floating point parameters: there is nothing to average')
     return res
 
-# %% ../nbs/00_average.ipynb #22bb7817
+# %% ../nbs/00_average.ipynb #104be09e
 def movers(model):
     "Modules that may rearrange their weights in `eval()`, outer ones first"
     return [m for m in model.modules() if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
@@ -56,7 +57,9 @@ def as_trained(
     model:nn.Module, # Any module
     found:list=None, # What `movers` has found in it. None: looked for now
 ):
-    "Inside the block the weights of `model` are arranged as in training, whatever `eval()` has made of them; its modes are the same after it. Gives whether that changed anything"
+    """Inside the block the weights of `model` are arranged as in training, whatever `eval()` has made of them.
+
+    Afterwards all modules are in the modes that they were in. Gives whether any module had to be asked."""
     away = [m for m in (movers(model) if found is None else found) if not m.training]
     if not away:
         yield False
@@ -76,7 +79,8 @@ class _Parts:
         self.sizes = list(map(len, self.dicts))
         self.links = list(zip(*((d,k,v) for d in self.dicts for k,v in d.items()))) or [(),(),()]
         self.movers = movers(model)
-        self.trimmed = {m.weight:m for m in model.modules() if isinstance(m, (nn.Embedding,nn.EmbeddingBag)) and m.max_norm is not None}
+        embs = [m for m in model.modules() if isinstance(m, (nn.Embedding,nn.EmbeddingBag))]
+        self.trimmed = {m.weight:m for m in embs if m.max_norm is not None}
 
     def same(self):
         ds,ks,vs = self.links
@@ -143,7 +147,7 @@ def _joined(tensors):
 def _are_finite(scalars):
     groups = defaultdict(list)
     for t in scalars: groups[t.dtype,t.device].append(t)
-    return all(bool(torch.stack(g).isfinite().all()) for g in groups.values())    # one wait for each device and type, not one for each tensor
+    return all(bool(torch.stack(g).isfinite().all()) for g in groups.values())    # one wait for each device and type
 
 @torch.no_grad()
 def all_finite(
@@ -151,10 +155,11 @@ def all_finite(
 )->bool: # False if any value is infinite or not a number
     "Whether every value is a number, found without a temporary of the tensors' size"
     ts = _joined(tensors)
-    if _are_finite([t.sum() for t in ts if t.dtype==_wide(t.dtype)]): ts = [t for t in ts if t.dtype!=_wide(t.dtype)]    # their sum would need a copy
-    return _are_finite([o for t in ts for o in t.aminmax()])                      # slower, but large numbers do not add up to infinity
+    narrow = [t for t in ts if t.dtype!=_wide(t.dtype)]             # their sum would need a copy
+    if _are_finite([t.sum() for t in ts if t.dtype==_wide(t.dtype)]): ts = narrow
+    return _are_finite([o for t in ts for o in t.aminmax()])        # slower, but large numbers don't add up to infinity
 
-# %% ../nbs/00_average.ipynb #045e04c6
+# %% ../nbs/00_average.ipynb #ec92b82d
 def _take_plain(avgs, ws, t): torch._foreach_copy_(avgs, ws) if t==1 else torch._foreach_lerp_(avgs, ws, t)
 
 def _take_tiny(avg, scratch, ws, t):
@@ -169,8 +174,7 @@ def _take_narrow(avg, scratch, w, t):
 def _keep(olds, avgs, t): torch._foreach_copy_(olds, avgs)
 
 def _put_back(olds, avgs, ws, t):
-    if t==1: return
-    for o,a,w in zip(olds, avgs, ws): a.copy_(torch.where(o==w, o, a))
+    for o,a,w in zip(olds, avgs, ws): a.copy_(torch.where(o==w, w, a))
 
 def _plan(avgs, params):
     "Functions of the step size `t` that together move `avgs` towards `params`; whatever they need is allocated here"
@@ -196,8 +200,9 @@ _ints = {1:torch.int8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
 def _byte_sum(t, dtype):
     "The bytes of a real `t`, rounded to `dtype`, added up as integers, whatever their order"
-    t = _flat(t) if _is_dense(t) else t.detach().reshape(-1)
-    return reduce(add, [o.to(dtype).view(_ints[dtype.itemsize]).sum(dtype=torch.int64) for o in t.split(_CHUNK)])
+    t = t.detach().reshape(-1) if t.is_contiguous() or not _is_dense(t) else _flat(t)
+    chunks = t.split(_CHUNK) if t.numel()>_CHUNK else [t]
+    return reduce(add, [o.to(dtype).view(_ints[dtype.itemsize]).sum(dtype=torch.int64) for o in chunks])
 
 def _fingerprints(
     ts, # Tensors
@@ -227,10 +232,10 @@ class WeightAverage:
     length of a `with` block, by pointer; `apply(model)` and `restore(model)` put it in for good and take it out again, by value
     and in place; `copy_to(other)` writes it into any model of the same architecture.
     One set of weights is held, in float32 at least (plus at most 1 MB of scratch per kind of weight), and no update allocates memory;
-    while the mean is in a half-precision model, the weights it replaced are held beside it. Modules that rearrange their weights in `eval()`
-    are brought into training mode for the moment in which weights are read or written.
-    Raises TypeError for what is no module (of a Learner give `learn.model`), ValueError for a model without floating point parameters
-    or with lazy ones. Source: Izmailov et al. 2018, Algorithm 1."""
+    while the mean is in a half-precision model, the weights it replaced are held beside it. Modules that rearrange their
+    weights in `eval()` are brought into training mode for the moment in which weights are read or written.
+    Raises TypeError for what is no module (of a Learner give `learn.model`), ValueError for a model without floating point
+    parameters or with lazy ones. Source: Izmailov et al. 2018, Algorithm 1."""
     _kept = {} # while the mean is inside: the exact mean of half-precision weights, by index
     def __init__(self,
         model:nn.Module, # The model whose weights will be averaged; nothing is taken in yet
@@ -298,7 +303,8 @@ def update(self:WeightAverage,
 ):
     """Take the weights of `model` into the mean, as snapshot number `n+1`.
 
-    Raises ValueError for replaced layers or another architecture, RuntimeError while the mean is in the model, TypeError for a Learner."""
+    Raises ValueError for replaced layers or another architecture, RuntimeError while the mean is in the model,
+    TypeError for a Learner."""
     own = self._check(model)
     if self.inside: raise RuntimeError('the average is in the model now: restore(model) before going on')
     params = None if own else self._match(model)
@@ -309,7 +315,9 @@ def update(self:WeightAverage,
 
 @patch(as_prop=True)
 def average(self:WeightAverage):
-    "The mean: tensors in the order of `names`, shaped as the parameters, copied only where they must be. Raises RuntimeError if the model changed since `apply`"
+    """The mean: tensors in the order of `names`, shaped as the parameters, copied only where they must be.
+
+    Raises RuntimeError if the model changed since `apply`."""
     if not self.inside: return self._others
     self._still_inside()
     with uninterrupted(), self._as_trained() as rearranged:
@@ -321,14 +329,15 @@ def average(self:WeightAverage):
 def lend(
     params, # Parameters
     values, # As many tensors of their shapes, of any type, on any device
-    trained=nullcontext, # Makes the context in which they are exchanged: `partial(as_trained, model)` where modules may rearrange their weights in `eval()`
+    trained=nullcontext, # Context of each exchange: `partial(as_trained, model)` where modules may merge weights in `eval()`
 ):
     "Inside the block the parameters have these values, their own again after it: pointers are exchanged, and only what has another type or device is copied"
     params,values,own = list(params),list(values),[]
     def put():
         with uninterrupted(), trained():
             own.extend(p.data for p in params)
-            for p,v in zip(params,values): p.data = v.detach() if (v.dtype,v.device)==(p.dtype,p.device) else v.to(p.device, p.dtype)
+            for p,v in zip(params,values):
+                p.data = v.detach() if (v.dtype,v.device)==(p.dtype,p.device) else v.to(p.device, p.dtype)
             torch.clear_autocast_cache()      # an autocast keeps its own copies of the weights as long as it lasts
     def take_back():
         if not own: return
@@ -351,8 +360,8 @@ def swapped(self:WeightAverage,
 ):
     """Lend the mean to `model` inside a `with` block: pointers are exchanged, nothing is copied (half-precision weights
     excepted: they get the mean rounded to their type; and an `Embedding(max_norm=)`, which writes into its weight).
-    Whatever ends the block, the model has its own weights after it. Raises RuntimeError before the first `update` or if the
-    model changed since `apply`, ValueError for a model it was not made for, TypeError for a Learner."""
+    Whatever ends the block, the model has its own weights after it. Raises RuntimeError before the first `update` or if
+    the model changed since `apply`, ValueError for a model it was not made for, TypeError for a Learner."""
     own = self._check(model)
     self._need()
     if not own: raise ValueError('swapped() lends the mean to the model it was made for: use copy_to(model) for another one')
@@ -391,7 +400,7 @@ def _exchange(self:WeightAverage):
 # %% ../nbs/00_average.ipynb #9e2a0dfd
 @patch
 def _seen(self:WeightAverage, p, dtype=None):
-    "A parameter as fingerprints see it: the rows of an `Embedding(max_norm=)` trimmed, as they would be in `dtype`"
+    "A parameter as fingerprints see it: rows of an `Embedding(max_norm=)` are trimmed, as they would be in `dtype`"
     emb = self._parts.trimmed.get(p)
     return p if emb is None else _trim(p if dtype is None else p.detach().to(dtype), emb)
 
@@ -410,8 +419,9 @@ def _unsteady(self:WeightAverage):
 
 @patch
 def _recognise(self:WeightAverage):
-    "The model, in training mode, holds the mean: remember what that looks like, and what it will look like when somebody rounds it"
-    prints = [_fingerprints((self._seen(p, t) for p in self._params), t) for t in (None,torch.float16,torch.bfloat16)]
+    "The model, in training mode, holds the mean: remember what that looks like, and what it would when rounded"
+    types = None,torch.float16,torch.bfloat16
+    prints = [_fingerprints((self._seen(p, t) for p in self._params), t) for t in types]
     self._prints = [set(o) for o in zip(*prints)]
     for i in self._unsteady(): self._prints[i] = None      # each merge rounds: bytes do not tell that from training
 
@@ -419,14 +429,16 @@ def _recognise(self:WeightAverage):
 def _is_mean(self:WeightAverage, p, now, prints):
     "Whether the parameter `p` with the fingerprint `now` is the mean, or the mean in a wider type"
     if prints is None or now in prints: return True
-    return any(p.detach().to(t).to(p.dtype).equal(p) and (t,n) in _fingerprints([self._seen(p, t)], t) for t,n in prints if t!=p.dtype)
+    def was(t): return p.detach().to(t).to(p.dtype).equal(p) and _fingerprints([self._seen(p, t)], t)[0] in prints
+    return any(was(t) for t,_ in prints if t!=p.dtype)
 
 @patch
 def is_inside(self:WeightAverage)->bool: # False before `apply`, and if the model was changed after it
     "Whether the model holds the mean now, perhaps converted to another type"
     if not self.inside: return False
     with uninterrupted(), self._as_trained():
-        return all(map(self._is_mean, self._params, _fingerprints(map(self._seen, self._params)), self._prints))
+        now = _fingerprints(map(self._seen, self._params))
+        return all(map(self._is_mean, self._params, now, self._prints))
 
 @patch
 def _still_inside(self:WeightAverage):
@@ -440,8 +452,8 @@ def apply(self:WeightAverage,
 ):
     """Put the mean into `model` for good, in place; the weights it replaces are kept for `restore`. A second call does nothing.
 
-    Raises RuntimeError before the first `update`, or if the model changed since an earlier `apply`; ValueError for a model it was not made for,
-    TypeError for a Learner."""
+    Raises RuntimeError before the first `update`, or if the model changed since an earlier `apply`; ValueError for a model
+    it was not made for, TypeError for a Learner."""
     own = self._check(model)
     self._need()
     if not own: raise ValueError('apply() exchanges with the model this average was made for: use copy_to(model) for another one')
@@ -460,19 +472,21 @@ def restore(self:WeightAverage,
     """Give `model` back the weights that `apply` replaced; without an `apply` before, nothing happens.
 
     A conversion to another type is no change: the mean stays, as rounded as the model was.
-    Raises RuntimeError if the model was changed otherwise, unless `force`; ValueError for another model, TypeError for a Learner."""
+    Raises RuntimeError if the model was changed otherwise, unless `force`; ValueError for another model, TypeError for a
+    Learner."""
     model = unwrap(model)
     if not self.inside: return
     if not self._check(model): raise ValueError('restore() works on the model that apply() changed')
     lost = not self.is_inside()
     if lost and not force:
-        raise RuntimeError(f'the model has changed since the mean of {self.n} snapshots was put into it (trained on, or another file loaded), and restore() '
-                           'would undo that. Save the model, or train on from it as it is: a new WeightAverage(model) averages again. '
-                           'restore(model, force=True) gives back the weights from before apply(); the change and the mean are lost then.')
+        raise RuntimeError(f'the model has changed since the mean of {self.n} snapshots was put into it (trained on, or '
+                           'another file loaded), and restore() would undo that. Save the model, or train on from it as it '
+                           'is: a new WeightAverage(model) averages again. restore(model, force=True) gives back the weights '
+                           'from before apply(); the change and the mean are lost then.')
     with uninterrupted(), self._as_trained():
         self._exchange()
         self.inside,self.n = False,0 if lost else self.n
-    if lost: warn_user('the weights from before apply() are back in the model: what had changed since then is undone, and the mean is gone')
+    if lost: warn_user('the weights from before apply() are back in the model: what had changed since is undone, the mean is gone')
 
 @patch
 def _adopt(self:WeightAverage, n):
@@ -511,23 +525,29 @@ def state_dict(self:WeightAverage)->dict:
     "The count and the mean by parameter name; tensors, not copies. Raises RuntimeError if the model changed since `apply`"
     return dict(n=self.n, average=dict(zip(self.names, self.average)) if self.n else {})
 
+def _check_saved(k, o, p):
+    "Whether `o` can be the mean of the parameter `p` with the name `k`"
+    if o.is_complex()!=p.is_complex() or o.is_floating_point()!=p.is_floating_point():
+        raise ValueError(f'the saved average of {k} has type {o.dtype}, the model has {p.dtype}')
+    masked = (o.to(p.device)==p).logical_or(o.to(p.device).isfinite())      # such as -inf in the model itself
+    if not all_finite([o]) and not masked.all():
+        raise ValueError(f'the saved average of {k} is not finite: is it that of a training that diverged?')
+
 @patch
 def _read(self:WeightAverage, state):
     "Count and mean in a saved state, the latter in the order of `names`; TypeError or ValueError where it is none"
-    if not isinstance(state, Mapping): raise TypeError(f'state: give the dict that state_dict() returned, not {type(state).__name__}')
+    if not isinstance(state, Mapping):
+        raise TypeError(f'state: give the dict that state_dict() returned, not {type(state).__name__}')
     missing = {'n','average'}-set(state)
     if missing: raise ValueError(f'not the state of an average: it has no {sorted(missing)}')
     n,saved = plain_number(state['n']),state['average']
-    if not is_int(n) or n<0: raise ValueError(f'the state of an average with n={n!r} snapshots: a whole number, 0 or more, was expected')
+    if not is_int(n) or n<0: raise ValueError(f'the saved average has n={n!r} snapshots: expected a whole number, 0 or more')
     if n==0: return 0,[]
-    if not isinstance(saved, Mapping) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k,v in saved.items()):
+    if not isinstance(saved, Mapping) or {*map(type, saved)}-{str} or not all(map(torch.is_tensor, saved.values())):
         raise TypeError('the saved average is not a dict of tensors by name: give the dict that state_dict() returned')
     saved = {own_name(k):v for k,v in saved.items()}
     self._same_names(saved, 'the saved average is of another architecture')
-    for k,p in zip(self.names,self._params):
-        o = saved[k]
-        if o.is_complex()!=p.is_complex() or o.is_floating_point()!=p.is_floating_point(): raise ValueError(f'the saved average of {k} has type {o.dtype}, the model {p.dtype}')
-        if not (all_finite([o]) or (not p.requires_grad and not o.isnan().any())): raise ValueError(f'the saved average of {k} is not finite: of a training that diverged?')
+    for k,p in zip(self.names,self._params): _check_saved(k, saved[k], p)
     return n,[saved[k] for k in self.names]
 
 @patch
@@ -537,8 +557,8 @@ def load_state_dict(self:WeightAverage,
 ):
     """Go on from a saved mean.
 
-    Raises TypeError or ValueError for what is no such state, or of other names or shapes than this model's, RuntimeError while the mean
-    is in the model; nothing has changed then."""
+    Raises TypeError or ValueError for what is no such state, or of other names or shapes than this model's, RuntimeError
+    while the mean is in the model; nothing has changed then."""
     if self.inside: raise RuntimeError('the average is in the model now: restore(model) before loading another')
     n,mean = self._read(state)
     with uninterrupted():
