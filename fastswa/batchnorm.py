@@ -611,11 +611,11 @@ def side_pass(
                     autocast.leave()
                     if outside: _tell(learn, 'after_fit')
         finally:
-            if bar is not None: bar.close()
             for cb in cbs: cb.learn = None
             for cb,run in runs: cb.run = run                              # after_fit has switched all of them on
             _set_attrs(learn, saved)
             set_modes(modes)
+            if bar is not None: bar.close()
 
 # %% ../nbs/20_batchnorm.ipynb #bf7de1ac
 @torch.no_grad()
