@@ -456,8 +456,8 @@ def _folder(s):
 def _parser():
     p = _Parser(prog='fastswa_cifar', description="Repeat the experiment of the SWA paper's table 1: train with SGD and with SWA, the authors' hyper-parameters, and print the paper's results beside one's own. Takes a GPU and hours. Stopped runs go on when the same command is given again.")
     p.add_argument('--model', choices=[*nets], default='vgg16', metavar='NAME', help=f'network: {", ".join(nets)} (default vgg16)')
-    p.add_argument('--data', choices=[*_full], default='cifar100', help='data set (default cifar100)')
-    p.add_argument('--method', choices=['sgd','swa','both'], default='both', help='what to train (default both)')
+    p.add_argument('--data', choices=[*_full], default='cifar100', metavar='NAME', help='data set: cifar10 or cifar100 (default cifar100)')
+    p.add_argument('--method', choices=['sgd','swa','both'], default='both', metavar='NAME', help='what to train: sgd, swa or both (default both)')
     p.add_argument('--budget', type=_budget, default=1.5, metavar='B', help='for SWA, 1, 1.25 or 1.5 times as many epochs as SGD has; a run passes the smaller ones on its way (default 1.5)')
     p.add_argument('--runs', type=_whole(1), default=1, metavar='N', help='repetitions, with seeds one after the other (default 1)')
     p.add_argument('--seed', type=_whole(0), default=0, metavar='N', help='seed of the first (default 0)')
