@@ -202,6 +202,12 @@ def test_ctrl_c_during_the_import(name):
     out,err = p.communicate(timeout=60)
     assert (p.returncode,out,err.strip())==(130,'',f'fastswa_{name}: interrupted')
 
+def test_ctrl_c_that_an_import_swallows(tmp_path):
+    (tmp_path/'small.py').write_text('import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: raise ImportError("a module is missing")')
+    code = f'import fastswa,sys; fastswa.__path__.append({str(tmp_path)!r}); from fastswa.commands import run_command; sys.exit(run_command("small"))'
+    r = python('-c', code, PYTHONPATH=str(root))
+    assert (r.returncode,r.stdout,r.stderr.strip())==(130,'','fastswa_small: interrupted')
+
 @pytest.fixture
 def small_command(monkeypatch):
     "Runs a module with this `main` as a command"
