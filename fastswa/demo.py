@@ -241,7 +241,7 @@ def verdict(
     if 0<few<8: notes.append(f'Only {few} snapshots were averaged; fewer than 8 can lose to SGD, more epochs give more.')
     if others: notes.append('An ensemble of networks that have learned from wrong labels can be right more often and have the higher loss: each member is unsure, and the mean of their answers is less sure still.')
     if len(swa)<3: notes.append('Single seeds differ by as much as the methods do: --seeds gives more of them.')
-    return '\n'.join(_fill(o, width) for o in [*(o for _,o in judged), train, '', *own, *notes])
+    return '\n'.join(_fill(o, width) for o in ['Against SGD:', *(o for _,o in judged), train, '', *own, *notes])
 
 # %% ../nbs/60_demo.ipynb #762a70f4
 def _style(ax, **kw):
