@@ -16,7 +16,7 @@ setup(
     name=cfg['lib_name'], version=version, description=cfg['description'], keywords=cfg['keywords'].split(),
     author=cfg['author'], license=cfg['license'],
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
-    packages=find_packages(include=['fastswa', 'fastswa.*']), zip_safe=False,
+    packages=find_packages(include=['fastswa', 'fastswa.*']), package_data=dict(fastswa=['py.typed']), zip_safe=False,
     python_requires='>='+cfg['min_python'],
     install_requires=cfg['requirements'].split(), extras_require=dict(dev=cfg['dev_requirements'].split()),
     entry_points=dict(console_scripts=cfg['console_scripts'].split(), nbdev=['fastswa=fastswa._modidx:d']))

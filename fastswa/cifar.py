@@ -7,6 +7,12 @@ __all__ = ['labels', 'paper', 'cifar_stats', 'nets', 'Recipe', 'recipe', 'sched_
            'wide_resnet', 'Pixels', 'PixelLoader', 'PadCrop', 'cifar_pixels', 'cifar_dls', 'cifar_learner', 'Job',
            'read_history', 'SeedEpochs', 'Record', 'run_job', 'results', 'table', 'run_all', 'main']
 
+# %% ../nbs/65_cifar.ipynb #4025e602
+if __name__=='__main__' and globals().get('__spec__'):      # `python -m fastswa.cifar`, and not a notebook
+    import sys
+    from fastswa.commands import cifar
+    sys.exit(cifar())
+
 # %% ../nbs/65_cifar.ipynb #447af814
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning)   # importing fastai causes it, and the user can do nothing about it
@@ -42,7 +48,8 @@ from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
 
 from .callback import SWA
-from .demo import _Parser, _whole
+from . import __version__
+from .demo import _Parser, _fill, _layout, _screen, _whole
 from .schedule import sched_authors
 
 # %% ../nbs/65_cifar.ipynb #07f5dda7
@@ -415,6 +422,7 @@ _full = dict(cifar10=(50000,10000,10), cifar100=(50000,10000,100))   # training 
 
 def table(
     res:list, # From `results`, those of one network and data set
+    width:int=None, # Columns of the screen: a table that is wider becomes one value a line, and notes are wrapped. None: any number
 )->str: # Lines of text
     "One line for each row of the paper's table: test accuracy in percent, paper, ours and the difference of the means; and whether they can be compared at all"
     rows = [['', 'epochs', 'paper', 'ours', 'difference']]
@@ -423,8 +431,6 @@ def table(
         if not got: continue
         o,accs = got[0],[o['accuracy'] for o in got]
         rows.append([label, str(o['at_epoch']), _pm([o['paper']], o['paper_sd']), _pm(accs), f'{mean(accs)-o["paper"]:+.2f}'])
-    widths = [max(map(len, col)) for col in zip(*rows)]
-    lines = ['   '.join([row[0].ljust(widths[0]), *(o.rjust(w) for o,w in zip(row[1:],widths[1:]))]) for row in rows]
     o,notes = res[0],[]
     n,runs = recipe(o['model'], o['data']).epochs,len({o['seed'] for o in res})
     if runs>1: notes.append(f'± is the standard deviation, ours over {runs} runs.')
@@ -432,7 +438,8 @@ def table(
     seen = o['n_train'],o['n_test'],o['classes']
     if seen!=_full[o['data']]: notes.append('This is not the whole of {}, but {} training and {} test pictures of {} classes: the two columns cannot be compared.'.format(o['data'], *seen))
     if o['fp16']: notes.append('Half precision; the paper used single precision.')
-    return '\n'.join([f'{o["model"]} on {o["data"]}, test accuracy in %', *lines, *notes])
+    if width: notes = [_fill(o, width) for o in notes]
+    return '\n'.join([f'{o["model"]} on {o["data"]}, test accuracy in %', _layout(rows, width), *notes])
 
 # %% ../nbs/65_cifar.ipynb #c99e5d4d
 def _budget(s):
@@ -448,9 +455,9 @@ def _folder(s):
 
 def _parser():
     p = _Parser(prog='fastswa_cifar', description="Repeat the experiment of the SWA paper's table 1: train with SGD and with SWA, the authors' hyper-parameters, and print the paper's results beside one's own. Takes a GPU and hours. Stopped runs go on when the same command is given again.")
-    p.add_argument('--model', choices=[*nets], default='vgg16', help='network (default vgg16)')
-    p.add_argument('--data', choices=[*_full], default='cifar100', help='data set (default cifar100)')
-    p.add_argument('--method', choices=['sgd','swa','both'], default='both', help='what to train (default both)')
+    p.add_argument('--model', choices=[*nets], default='vgg16', metavar='NAME', help=f'network: {", ".join(nets)} (default vgg16)')
+    p.add_argument('--data', choices=[*_full], default='cifar100', metavar='NAME', help='data set: cifar10 or cifar100 (default cifar100)')
+    p.add_argument('--method', choices=['sgd','swa','both'], default='both', metavar='NAME', help='what to train: sgd, swa or both (default both)')
     p.add_argument('--budget', type=_budget, default=1.5, metavar='B', help='for SWA, 1, 1.25 or 1.5 times as many epochs as SGD has; a run passes the smaller ones on its way (default 1.5)')
     p.add_argument('--runs', type=_whole(1), default=1, metavar='N', help='repetitions, with seeds one after the other (default 1)')
     p.add_argument('--seed', type=_whole(0), default=0, metavar='N', help='seed of the first (default 0)')
@@ -459,6 +466,7 @@ def _parser():
     p.add_argument('--epochs', type=_whole(4, ': below that the budgets of 1 and 1.25 are the same'), metavar='N', help="epochs of one budget, for trying out; results cannot be compared with the paper's then")
     p.add_argument('--fp16', action='store_true', help='half precision and channels last, on a GPU')
     p.add_argument('--fresh', action='store_true', help='begin anew instead of going on with runs in --out')
+    p.add_argument('--version', action='version', version=f'fastswa {__version__}')
     return p
 
 _urls = dict(cifar10=URLs.CIFAR, cifar100=URLs.CIFAR_100)
@@ -504,4 +512,4 @@ def main(
     except KeyboardInterrupt:
         print('\nfastswa_cifar: interrupted; the same command'+' without --fresh'*o.fresh+' goes on after the last whole epoch', file=sys.stderr)
         return 130
-    print('', table(res), '', f'All runs: {Path(o.out)/"results.json"}', sep='\n')
+    print('', table(res, _screen()), '', f'All runs: {Path(o.out)/"results.json"}', sep='\n')

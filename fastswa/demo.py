@@ -4,14 +4,21 @@
 
 # %% auto #0
 __all__ = ['wrong_labels', 'demo_split', 'TensorLoader', 'random_shift', 'demo_dls', 'demo_model', 'demo_learner', 'Run',
-           'demo_scores', 'fit_run', 'run_seed', 'table', 'verdict', 'walk_plane', 'plot', 'ConsoleBar', 'demo', 'main']
+           'demo_scores', 'fit_run', 'last_weights', 'run_seed', 'table', 'verdict', 'walk_plane', 'plot', 'ConsoleBar',
+           'demo', 'main']
+
+# %% ../nbs/60_demo.ipynb #02f47fb7
+if __name__=='__main__' and globals().get('__spec__'):      # `python -m fastswa.demo`, and not a notebook
+    import sys
+    from fastswa.commands import demo
+    sys.exit(demo())
 
 # %% ../nbs/60_demo.ipynb #39c32575
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning)   # importing fastai causes it, and the user can do nothing about it
 
 # %% ../nbs/60_demo.ipynb #0c678021
-import argparse, sys, textwrap
+import argparse, shutil, sys, textwrap
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +46,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 
+from . import __version__
 from .callback import SWA
 from .ensemble import FGE, Ensemble, SnapshotEnsemble
 from .landscape import Plane, plane
@@ -141,15 +149,26 @@ def fit_run(
     ens = cb if isinstance(cb, Ensemble) else None
     return Run(method, demo_scores(learn, ens), learn, ens.n_members if ens else 1, walk, lrs, cols['accuracy'], cols.get('swa_accuracy', ()), tuple(getattr(cb, 'collected', ())))
 
+def last_weights(
+    run:Run, # Of `SWA`, with its walk
+    seed:int, # What it was made with
+)->Run: # Measured
+    "The weights that SWA's training ended with: not averaged, with BatchNorm statistics measured as the average's are"
+    learn = demo_learner(seed)
+    learn.model.load_state_dict(run.walk.members[-1], strict=False)
+    with learn.no_bar(): learn.update_bn()
+    return Run('last weights', demo_scores(learn), learn)
+
 def run_seed(
     seed:int, # Decides data, wrong labels, order and first weights
     epochs:int=60, # Epochs of each method
     lr:float=.2, # Highest learning rate
     bar:Callback=None, # Shows progress
-)->list: # One `Run` each for SGD, SWA, snapshots and FGE
+)->list: # One `Run` each for SGD, SWA, the last weights of SWA's training, snapshots and FGE
     "All methods from the same start"
-    return [fit_run('SGD', demo_learner(seed, lr), epochs, ParamScheduler({'lr': sched_authors(lr, lr/100, 1.)}), bar),
-            fit_run('SWA', demo_learner(seed, lr), epochs, SWA(swa_lr=lr, cycle_len=1, eval_every=1), bar, walk=FGE()),
+    sgd = fit_run('SGD', demo_learner(seed, lr), epochs, ParamScheduler({'lr': sched_authors(lr, lr/100, 1.)}), bar)
+    swa = fit_run('SWA', demo_learner(seed, lr), epochs, SWA(swa_lr=lr, cycle_len=1, eval_every=1), bar, walk=FGE())
+    return [sgd, swa, last_weights(swa, seed),
             fit_run('snapshots', demo_learner(seed, lr), epochs, SnapshotEnsemble(5), bar),
             fit_run('FGE', demo_learner(seed, lr), epochs, FGE(), bar)]
 
@@ -160,41 +179,59 @@ def _by_method(runs):
     "Runs of each method, in the order of their first appearance"
     return {m:[o for o in runs if o.method==m] for m in dict.fromkeys(o.method for o in runs)}
 
+def _layout(
+    rows, # Lists of text: the headings, then a row each
+    width=None, # Columns of the screen. None: any number
+): # Text
+    "Rows as a table or, where the screen is too narrow for it, one value a line"
+    heads,*rows = rows
+    widths = [max(map(len, col)) for col in zip(heads, *rows)]
+    if width is None or sum(widths)+3*(len(widths)-1)<=width:
+        return '\n'.join('   '.join([row[0].ljust(widths[0]), *(o.rjust(w) for o,w in zip(row[1:],widths[1:]))]) for row in (heads,*rows))
+    wide = max(map(len, heads))
+    return '\n'.join(line for name,*vals in rows for line in [name, *(f'  {h.ljust(wide)}  {v}' for h,v in zip(heads[1:],vals))])
+
 def table(
     runs:list, # `Run`s of any methods and seeds
+    width:int=None, # Columns of the screen: a table that is wider becomes one value a line. None: any number
 )->str: # Lines of text
     "One row per method: mean and, with several seeds, ± standard deviation"
     def cell(vals, unit, dec):
         vals = [o*unit for o in vals]
         return f'{mean(vals):.{dec}f}'+(f' ± {stdev(vals):.{dec}f}' if len(vals)>1 else '')
     rows = [['', *(h for h,*_ in _columns.values()), 'forward passes']]
-    for m,rs in _by_method(runs).items(): rows.append([m, *(cell([o.scores[k] for o in rs], u, d) for k,(_,u,d) in _columns.items()), str(rs[0].cost)])
-    widths = [max(map(len, col)) for col in zip(*rows)]
-    return '\n'.join('   '.join([row[0].ljust(widths[0]), *(o.rjust(w) for o,w in zip(row[1:],widths[1:]))]) for row in rows)
+    for m,rs in _by_method(runs).items():
+        rows.append([m, *(cell([o.scores[k] for o in rs], u, d) for k,(_,u,d) in _columns.items()), str(rs[0].cost)])
+    return _layout(rows, width)
 
 # %% ../nbs/60_demo.ipynb #687f755b
-def _fill(s): return textwrap.fill(s, 96)
+def _fill(s, width=96): return textwrap.fill(s, width, break_long_words=False, break_on_hyphens=False)
 
-def _judge(runs, key, sign):
-    "Who is better in one column"
+def _judge(runs, key, sign, other='SGD'):
+    "Whether SWA is better than another method in one column (None: neither), and in words"
     name,unit,dec = _columns[key]
-    a,b = ([o.scores[key]*unit for o in _by_method(runs)[m]] for m in ('SWA','SGD'))
+    a,b = ([o.scores[key]*unit for o in _by_method(runs)[m]] for m in ('SWA',other))
     x,y = (f'{mean(o):.{dec}f}' for o in (a,b))
     won = None if x==y else (mean(a)-mean(b))*sign>0
     n = sum((i-j)*sign>0 for i,j in zip(a,b))
     what = 'a tie' if won is None else 'SWA won' if won else 'SWA did not win here'
     return won,f'{name.split(",")[0].capitalize()}: {what}, {x} against {y}' + (f'; better on {n} of {len(a)} seeds.' if len(a)>1 else '.')
 
+def _both(runs, other): return [_judge(runs, key, sign, other) for key,sign in (('accuracy',1),('test_loss',-1))]
+
 def verdict(
     runs:list, # `Run`s of SGD and SWA on the same seeds, and perhaps of others
+    width:int=96, # Columns of the screen
 )->str: # Lines of text
     "What the numbers say about SWA against SGD, and what they don't"
-    judged,by = [_judge(runs, 'accuracy', 1), _judge(runs, 'test_loss', -1)],_by_method(runs)
+    judged,by = _both(runs, 'SGD'),_by_method(runs)
     sgd,swa = by['SGD'],by['SWA']
+    own = ['Against the last weights of its own training, with statistics measured like its own, which is what averaging itself did:',
+           *(o for _,o in _both(runs, 'last weights')), ''] if 'last weights' in by else []
     x,y = (f'{mean(o.scores["train_loss"] for o in rs):.3f}' for rs in (swa,sgd))
     train = f'Training loss: SWA has {x}, SGD {y}.' + (' The average fits the training labels, wrong ones included, less closely.' if float(x)>float(y) else '')
     acc = lambda m: f'{100*mean(o.scores["accuracy"] for o in by[m]):.2f}'
-    others = [f'{m} {acc(m)} for {by[m][0].cost}' for m in by if m not in ('SGD','SWA')]
+    others = [f'{m} {acc(m)} for {by[m][0].cost}' for m in by if m not in ('SGD','SWA','last weights')]
     if others: train += f' Test accuracy for forward passes per prediction: SWA {acc("SWA")} for 1, {", ".join(others)}.'
     notes = [('Part of the gain is' if any(won for won,_ in judged) else 'Where SWA does gain, part of it is') +
              ' protection from over-training: the longer SGD trains, the more of the wrong labels it learns, the average less so. With the best number of epochs '
@@ -204,7 +241,7 @@ def verdict(
     if 0<few<8: notes.append(f'Only {few} snapshots were averaged; fewer than 8 can lose to SGD, more epochs give more.')
     if others: notes.append('An ensemble of networks that have learned from wrong labels can be right more often and have the higher loss: each member is unsure, and the mean of their answers is less sure still.')
     if len(swa)<3: notes.append('Single seeds differ by as much as the methods do: --seeds gives more of them.')
-    return '\n'.join([*(o for _,o in judged), _fill(train), '', *map(_fill, notes)])
+    return '\n'.join(_fill(o, width) for o in ['Against SGD:', *(o for _,o in judged), train, '', *own, *notes])
 
 # %% ../nbs/60_demo.ipynb #762a70f4
 def _style(ax, **kw):
@@ -286,11 +323,14 @@ def _png(s):
     return p
 
 def _parser():
-    p = _Parser(prog='fastswa_demo', description='Train a small network on bundled digits, 20%% of the training labels wrong on purpose, with SGD, with SWA and with two ensembles; compare them in a table and a picture. About a minute with the defaults.')
+    p = _Parser(prog='fastswa_demo', description='Train a small network on bundled digits, 20% of the training labels wrong on purpose, with SGD, with SWA and with two ensembles; compare them in a table and a picture. About a minute with the defaults.')
     p.add_argument('--seeds', type=_whole(1), default=2, metavar='N', help='repetitions, each with another split, other wrong labels and first weights (default 2)')
     p.add_argument('--epochs', type=_whole(8, ': averaging begins at 75%, and two epochs of it are needed'), default=60, metavar='N', help='epochs of each training, at least 8 (default 60)')
     p.add_argument('--out', type=_png, default='fastswa_demo.png', metavar='FILE', help='where to write the picture, a .png (default fastswa_demo.png)')
+    p.add_argument('--version', action='version', version=f'fastswa {__version__}')
     return p
+
+def _screen(): return min(max(shutil.get_terminal_size((96,24)).columns, 20), 96)    # beyond 96 lines are hard to read; a file has 96
 
 def demo(
     seeds:int=2, # Repetitions with other data, labels and first weights
@@ -298,12 +338,14 @@ def demo(
     out='fastswa_demo.png', # Where to write the picture
 )->list: # `Run`s
     "Train, print, draw"
-    print('Digits: 500 training pictures, 1297 test pictures. 20% of the training labels are replaced by a\n'
-          f'wrong one, on purpose, by this demo. SGD, SWA and two ensembles, {epochs} epochs each, {seeds} seed{"s"*(seeds>1)}.\n', flush=True)
+    width = _screen()
+    print(_fill('Digits: 500 training pictures, 1297 test pictures. 20% of the training labels are replaced by a wrong one, on purpose, by this demo. '
+                f'SGD, SWA and two ensembles, {epochs} epochs each, {seeds} seed{"s"*(seeds>1)}.', width), '', sep='\n', flush=True)
     bar = ConsoleBar(4*seeds*epochs) if sys.stdout.isatty() else None
     runs = sum((run_seed(i, epochs, bar=bar) for i in range(seeds)), [])
-    print(table(runs), '', _fill('± is the standard deviation over the seeds. '*(seeds>1) + 'Training loss: pictures not shifted, labels as trained on, '
-                                 'evaluation mode. Forward passes: for one prediction.'), '', verdict(runs), sep='\n')
+    notes = ('± is the standard deviation over the seeds. '*(seeds>1) + 'Last weights: those that SWA ended with, not averaged. Training loss: pictures not '
+             'shifted, labels as trained on, evaluation mode. Forward passes: for one prediction.')
+    print(table(runs, width), '', _fill(notes, width), '', verdict(runs, width), sep='\n')
     plot(runs, out)
     print(f'\nPicture: {out}')
     return runs

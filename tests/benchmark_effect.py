@@ -12,7 +12,7 @@ def main(seeds=(100,101,102), least=.03):
     torch.set_num_threads(1)
     gains = []
     for seed in seeds:
-        sgd,swa = (o.scores for o in run_seed(seed))
+        sgd,swa = (o.scores for o in run_seed(seed)[:2])
         gains.append(sgd['test_loss']-swa['test_loss'])
         print(f'seed {seed}: test loss {sgd["test_loss"]:.3f} -> {swa["test_loss"]:.3f} (gain {gains[-1]:+.3f})   '
               f'accuracy {100*sgd["accuracy"]:.2f} -> {100*swa["accuracy"]:.2f} %   training loss {sgd["train_loss"]:.3f} -> {swa["train_loss"]:.3f}', flush=True)

@@ -454,6 +454,14 @@ def test_table_says_what_differs(kw, say):
     assert say in table([row('SGD', 72., **kw)]) and (('cannot be compared' in table([row('SGD', 72., **kw)]))!=('fp16' in kw))
     assert len(table([row('SGD', 72., epochs=200)]).splitlines())==3
 
+@pytest.mark.parametrize('width', [40,60,80])
+def test_table_on_narrow_screens(width):
+    res = [row('SWA 1', 73.91, epochs=4, n_train=49999), row('SGD', 72., 0, epochs=4, n_train=49999), row('SGD', 73., 1, epochs=4, n_train=49999)]
+    lines = table(res, width).splitlines()
+    assert max(map(len, lines))<=width and lines[0]=='vgg16 on cifar100, test accuracy in %'
+    assert ' '.join(table(res, width).split()).endswith(' '.join(table(res).splitlines()[4:]))
+    if width==40: assert lines[1:6]==['SGD', '  epochs      200', '  paper       72.55 ± 0.10', '  ours        72.50 ± 0.71', '  difference  -0.05']
+
 # The command line
 
 args = '--model preresnet110 --data cifar100 --epochs 4'.split()
@@ -463,7 +471,9 @@ def test_main(folder, pixels, tmp_path, capsys, small, whole):
     text = capsys.readouterr().out
     res = json.loads((tmp_path/'o/results.json').read_text())
     assert {(o['row'],o['seed']) for o in res}=={(k,s) for k in labels for s in (0,1)} and 'NaN' not in (tmp_path/'o/results.json').read_text()
-    assert table(res) in text and 'cannot be compared' in text and 'ours over 2 runs' in text and '24 training and 12 test pictures of 3 classes' in text
+    assert table(res, 96) in text
+    words = ' '.join(text.split())
+    for o in 'cannot be compared','ours over 2 runs','24 training and 12 test pictures of 3 classes': assert o in words
     assert text.count('swa_accuracy')==2 and '\r' not in text            # a line for each epoch, no bar, as this is no terminal
     assert sum(o.split()[:1]==['5'] for o in text.splitlines())==2
     for job in jobs[1:]: check_same(job, read_history(tmp_path/'o'/job.name)['rows'], tmp_path/'o', whole)
@@ -564,4 +574,4 @@ def test_help(capsys):
 
 def test_command_is_installed():
     r = subprocess.run([sys.executable,'-c','import setuptools\nsetuptools.setup = lambda **kw: print(kw["entry_points"]["console_scripts"])\nimport runpy; runpy.run_path("setup.py")'], cwd=root, capture_output=True, text=True)
-    assert r.stdout.strip()=="['fastswa_demo=fastswa.demo:main', 'fastswa_cifar=fastswa.cifar:main']", r.stdout+r.stderr
+    assert r.stdout.strip()=="['fastswa_demo=fastswa.commands:demo', 'fastswa_cifar=fastswa.commands:cifar']", r.stdout+r.stderr

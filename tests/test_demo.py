@@ -78,16 +78,16 @@ def test_shift():
 
 def test_table_is_what_the_learners_do(runs):
     lines = table(runs).splitlines()
-    assert lines[0].split('   ')[-1]=='forward passes' and len(lines)==5 and len(set(map(len, lines)))==1
-    for run,line in zip(runs[:2], lines[1:]):
+    assert lines[0].split('   ')[-1]=='forward passes' and len(lines)==6 and len(set(map(len, lines)))==1 and len(lines[0])<=80
+    for run,line in zip(runs[:3], lines[1:]):
         model = run.learn.model.eval()
         with torch.no_grad(): (tx,ty),(x,y) = ((model(o.dataset.tensors[0]), o.dataset.tensors[1]) for o in (run.learn.dls[1],run.learn.dls[2]))
         acc,loss,train = 100*(tx.argmax(1)==ty).float().mean().item(),F.cross_entropy(tx,ty).item(),F.cross_entropy(x,y).item()
-        assert line.split()==[run.method, f'{acc:.2f}', f'{loss:.3f}', f'{train:.3f}', '1']
+        assert line.split()==[*run.method.split(), f'{acc:.2f}', f'{loss:.3f}', f'{train:.3f}', '1']
         assert abs(run.scores['accuracy']*100-acc)<1e-4 and abs(run.scores['test_loss']-loss)<1e-5 and abs(run.scores['train_loss']-train)<1e-5
 
 def test_ensembles_are_measured_as_ensembles(runs):
-    for run,cb,n in zip(runs[2:], (SnapshotEnsemble(5),FGE()), (5,8)):
+    for run,cb,n in zip(runs[3:], (SnapshotEnsemble(5),FGE()), (5,8)):
         learn = demo_learner(0)
         with learn.no_bar(),learn.no_logging(): learn.fit(n_epoch, cbs=cb)
         members = cb.members
@@ -107,7 +107,7 @@ def test_histories_and_scores_agree(runs):
     assert np.isnan(swa.swa_acc).tolist()==[True]*6+[False]*2 and len(sgd.acc)==len(swa.acc)==n_epoch and not len(sgd.swa_acc)
 
 def test_same_start(runs):
-    sgd,swa,snap,fge = runs
+    sgd,swa,last,snap,fge = runs
     assert fge.acc[:6]==swa.acc[:6]                          # a constant rate until FGE's cycles begin
     for o in 'train','valid': assert all(torch.equal(a,b) for a,b in zip(getattr(sgd.learn.dls,o).dataset.tensors, getattr(swa.learn.dls,o).dataset.tensors))
     assert sgd.acc[:4]==swa.acc[:4] and sgd.lrs[:40]==swa.lrs[:40] and sgd.lrs[-1]<swa.lrs[-1]     # until SGD's rate falls
@@ -119,6 +119,19 @@ def test_swa_is_the_mean(runs):
     with learn.no_bar(),learn.no_logging(): learn.fit(n_epoch, cbs=Keep())   # a constant rate is all that SWA changes here
     for p,*o in zip(runs[1].learn.model.parameters(), *ws[-2:]): torch.testing.assert_close(p.detach(), sum(o)/2)
     for state,w in zip(runs[1].walk.members, ws[-2:]): assert all(torch.equal(a,b) for a,b in zip([state[k] for k,_ in learn.model.named_parameters()], w))
+
+def test_last_weights_are_those_of_the_walk(runs):
+    "The weights that SWA's training ended with, and the statistics that the average would get"
+    last,swa = runs[2],runs[1]
+    assert last.method=='last weights' and last.cost==1
+    model = {k:v.clone() for k,v in swa.learn.model.state_dict().items()}
+    learn,ws = demo_learner(0),[]
+    with learn.no_bar(),learn.no_logging(): learn.fit(n_epoch)               # a constant rate is all that SWA changes here
+    for (k,p),q in zip(last.learn.model.named_parameters(), learn.model.parameters()): assert torch.equal(p, q), k
+    assert not torch.equal(last.learn.model[0][1].running_mean, learn.model[0][1].running_mean)      # not the running ones
+    with learn.no_bar(): learn.update_bn()
+    for p,q in zip(last.learn.model.buffers(), learn.model.buffers()): torch.testing.assert_close(p, q, rtol=.2, atol=.1)     # other shifts of the pictures
+    assert all(torch.equal(v, model[k]) for k,v in swa.learn.model.state_dict().items())
 
 def test_deterministic(runs):
     torch.rand(7), np.random.rand(7)                         # whatever was drawn before
@@ -198,6 +211,38 @@ def test_plot_means_over_seeds(runs):
     np.testing.assert_allclose(fig.axes[1].lines[1].get_ydata(), 100*np.array(runs[0].acc))
     assert 'mean of 2 seeds' in fig.axes[1].get_ylabel()
 
+def test_verdict_has_the_fair_comparison():
+    base = made_up('SGD', [.90]*2, [.5]*2) + made_up('SWA', [.94,.95], [.37]*2)
+    v = verdict(base + made_up('last weights', [.945]*2, [.36,.39]))
+    own = v.replace('\n', ' ').split('which is what averaging')[1]
+    assert 'Test accuracy: a tie, 94.50 against 94.50; better on 1 of 2 seeds.' in own
+    assert 'Test loss: SWA won, 0.370 against 0.375; better on 1 of 2 seeds.' in own
+    assert 'last weights' not in verdict(base) and 'forward passes per' not in v
+
+# Screens
+
+long = made_up('SGD', [.93]*2, [.38,.4]) + made_up('SWA', [.94]*2, [.37,.3]) + made_up('last weights', [.94]*2, [.37,.3]) + made_up('snapshots', [.95,.96], [.4,.5], cost=5)
+
+@pytest.mark.parametrize('width', [40,60,80,96])
+def test_nothing_is_wider_than_the_screen(width, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, 'run_seed', lambda seed, epochs, bar: long[::2])
+    monkeypatch.setattr(demo, 'plot', lambda *args: None)
+    monkeypatch.setenv('COLUMNS', str(width if width<96 else 200))           # lines of 200 would be hard to read
+    main(['--seeds','1','--epochs','8','--out',str(tmp_path/'a.png')])
+    out = capsys.readouterr().out
+    lines = out.split('\nPicture: ')[0].splitlines()
+    assert max(map(len, lines))<=width
+    words = ' '.join(out.split())
+    for o in '20% of the training labels are replaced by a wrong one','protection from over-training','half a point to a point': assert o in words
+
+def test_table_on_a_narrow_screen():
+    wide = table(long)
+    assert len(wide.splitlines()[0])==80==max(map(len, wide.splitlines())) and table(long, 80)==wide
+    narrow = table(long, 79).splitlines()
+    assert max(map(len, narrow))<=40
+    assert narrow[:5]==['SGD', '  test accuracy, %  93.00 ± 0.00', '  test loss         0.390 ± 0.014', '  training loss     0.700 ± 0.000', '  forward passes    1']
+    assert [o for o in narrow if o[0]!=' ']==['SGD','SWA','last weights','snapshots']
+
 # The command line
 
 @pytest.fixture
@@ -246,22 +291,23 @@ def test_defaults(monkeypatch, tmp_path, capsys, runs):
     asked = []
     def run(seed, epochs, bar): asked.append((seed,epochs)); return runs
     monkeypatch.setattr(demo, 'run_seed', run)
+    monkeypatch.delenv('COLUMNS', raising=False)
     monkeypatch.chdir(tmp_path)
     assert main([]) is None
     assert asked==[(0,60),(1,60)] and Path('fastswa_demo.png').exists()
     out = capsys.readouterr().out
-    assert table([*runs]*2) in out and '20% of the training labels are replaced by a\nwrong one' in out and max(map(len, out.splitlines()))<=96 and 'standard deviation' in out
+    assert table([*runs]*2) in out and '20% of the training labels are replaced by a wrong one' in ' '.join(out.split()) and max(map(len, out.splitlines()))<=96 and 'standard deviation' in out
 
 def test_bar_in_a_terminal(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
     main(['--seeds','1','--epochs','8','--out',str(tmp_path/'a.png')])
     out = capsys.readouterr().out
-    assert '100.00% [32/32' in out and out.count('\n')<30
+    assert '100.00% [32/32' in out and out.split('test accuracy, %')[0].count('\n')<10
     assert '\r' not in out[out.rindex('\r')+1:] and out[out.rindex('\r')+1:].lstrip().startswith('test accuracy')   # the bar has gone when the table comes
 
 def test_from_another_folder_into_a_pipe(tmp_path, runs):
     code = 'import sys\nfrom fastswa.demo import main\ntry: main(["--seeds","0"])\nexcept SystemExit as e: assert e.code==2\nsys.exit(main(["--seeds","1","--epochs","8"]))'
-    env = {k:v for k,v in os.environ.items() if k!='PYTHONWARNINGS'}
+    env = {k:v for k,v in os.environ.items() if k not in ('PYTHONWARNINGS','COLUMNS')}
     r = subprocess.run([sys.executable,'-c',code], cwd=tmp_path, env={**env,'PYTHONPATH':str(root)}, capture_output=True, text=True, encoding='utf-8')
     assert r.returncode==0 and r.stderr=='fastswa_demo: argument --seeds: give 1 or more, not 0\n'
     assert '\r' not in r.stdout and '█' not in r.stdout and table(runs) in r.stdout and verdict(runs) in r.stdout

@@ -1,5 +1,5 @@
 "Pictures of the loss surface: what is drawn is what the models do, and the learner is left as it was"
-import math, random, warnings
+import inspect, math, random, signal, sys, warnings
 from copy import deepcopy
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
@@ -11,7 +11,7 @@ from fastswa.average import WeightAverage
 from fastswa.batchnorm import trained_layers, update_bn
 from fastswa.callback import SWA
 from fastswa.landscape import *
-from fastswa.landscape import _join,_keep,_levels,_norm,_weights
+from fastswa.landscape import _join,_keep,_levels,_norm,_weights,plane,ray,width
 from test_applications import tabular,text,torch_loaders,vision
 
 TR,VL,VE = 'training loss','validation loss','validation error, %'
@@ -108,7 +108,7 @@ def test_ray_passes_through_both_ends():
     for ax,h in zip(r.fig.axes, r.values):
         np.testing.assert_array_equal(ax.lines[0].get_ydata(), r.values[h])
         np.testing.assert_allclose(ax.lines[0].get_xdata(), r.ts*r.length)
-        assert ax.get_ylabel()==h and ax.get_xlabel()=='distance from A in weight space' and {t.get_text() for t in ax.texts}=={'A','B'}
+        assert ax.get_ylabel()==h and ax.get_xlabel()=='distance in weight space' and {t.get_text() for t in ax.texts}=={'A','B'}
         top, = ax.child_axes
         r.fig.canvas.draw()
         np.testing.assert_allclose(top.get_xlim(), np.array(ax.get_xlim())/r.length)
@@ -374,12 +374,13 @@ def test_empty_loaders():
     l,ws = made(plain_net())
     l.dls = DataLoaders(l.dls.train)
     p = calm(plot_plane, l, ws, n=3)
-    assert list(p.values)==[TR] and len(p.fig.axes)==2
+    assert list(p.values)==[TR] and len(p.fig.axes)==1
 
 # ---- options
 
 def test_metrics():
     def kind(metrics, metric=None):
+        seed()                                                 # the same network each time
         l,ws = made(plain_net(), metrics=metrics)
         r = calm(ray, l, ws[0], ws[1], n=2, lo=0, hi=1, metric=metric)
         return {h:v[0] for h,v in list(r.values.items())[2:]}
@@ -487,7 +488,7 @@ def test_dark_is_low_in_grey_too():
 def test_plot_options():
     p = bowl()
     fig = p.plot()
-    assert fig is p.fig and len(fig.axes)==4 and [o.get_title() for o in fig.axes[:2]]==[VL,'validation r2']
+    assert fig is p.fig and len(fig.axes)==2 and [o.get_title() for o in fig.axes[:2]]==[VL,'validation r2']
     np.testing.assert_allclose(np.diff(fig.axes[1].collections[0].levels), 8/11)      # who knows which end is the good one
     fig = p.plot([VL], top={VL:2.}, cmap='cividis')
     cs = fig.axes[0].collections[0]
@@ -528,7 +529,7 @@ def test_plot_functions_pass_on_what_they_get():
     l,ws = made(plain_net())
     kw = dict(metric=False, n_train=1, n_valid=1)
     p = calm(plot_plane, l, ws, n=3, margin=.1, panels=VL, cmap='cividis', **kw)
-    assert list(p.values)==[TR,VL] and len(p.fig.axes)==2 and p.fig.axes[0].collections[0].cmap.name=='cividis' and np.allclose(p.xs, calm(plane, l, ws, n=3, margin=.1, **kw).xs)
+    assert list(p.values)==[TR,VL] and len(p.fig.axes)==1 and p.fig.axes[0].collections[0].cmap.name=='cividis' and np.allclose(p.xs, calm(plane, l, ws, n=3, margin=.1, **kw).xs)
     r = calm(plot_ray, l, ws[0], ws[1], ('a','b'), -.1, 1.1, 3, panels=[VL], **kw)
     assert len(r.fig.axes)==1 and r.ts.tolist()==pytest.approx([-.1,0,.6-.1,1,1.1]) and list(r.at)==['a','b']
     w = calm(plot_width, l, ws, 2., 3, 2, True, 5, panels=VL, **kw)
@@ -608,3 +609,95 @@ def test_any_learner(make, tmp_path):
         for h,v in w.values.items(): assert v['W1'][0,0]==pytest.approx(r.at['now'][h], rel=1e-4) and np.isfinite([*r.values[h], v['W1'][0,1]]).all()
         assert r.at['a'][VL]!=r.at['now'][VL]
     assert len(r.values)==(3 if len(l.metrics) else 2)
+
+# ---- Ctrl-C
+
+def lines_of(f, press=None):
+    "The module of each line of fastswa that `f()` runs, Ctrl-C coming at one of them, and whether it ended in KeyboardInterrupt"
+    seen = []
+    def trace(frame, event, arg):
+        if event=='line':
+            seen.append(frame.f_globals['__name__'])
+            if len(seen)==press: signal.raise_signal(signal.SIGINT)
+        return trace
+    own = lambda frame, event, arg: trace if frame.f_globals.get('__name__','').startswith('fastswa.') else None
+    sys.settrace(own)
+    try: f()
+    except KeyboardInterrupt: return seen,True
+    finally: sys.settrace(None)
+    return seen,False
+
+pictures = dict(plane=lambda l,ws: plane(l, ws, n=3, margin=0, n_train=1, n_valid=1), ray=lambda l,ws: ray(l, *ws[:2], n=2, lo=0, hi=1, n_train=1, n_valid=1),
+                width=lambda l,ws: width(l, ws[:2], n=2, n_dirs=1, n_train=1, n_valid=1))
+
+@pytest.mark.parametrize('name', pictures)
+def test_ctrl_c_at_any_line(name):
+    l,ws = made()
+    l.remove_cb(l.progress)
+    def now():
+        plain = {k:v for k,v in vars(l).items() if k not in ('model','cbs')}
+        return [*plain.items(), *state(l.model).items()],[m.training for m in l.model.modules()],[len(m._forward_hooks)+len(m._forward_pre_hooks) for m in l.model.modules()],list(l.cbs)
+    def same_as(was):
+        (a,*more),(b,*others) = was,now()
+        return more==others and all(j==k and (torch.equal(v,w) if isinstance(v, torch.Tensor) else v is w) for (j,v),(k,w) in zip(a, b, strict=True))
+    f = lambda: pictures[name](l, ws)
+    f()                                                        # what is made once is there
+    was,rng,handler = now(),rng_fingerprint(l),signal.getsignal(signal.SIGINT)
+    seen,came = lines_of(f)
+    assert len(seen)>500 and not came
+    some = np.linspace(1, len(seen), 5, dtype=int)
+    ends = [i for i,o in enumerate(seen, 1) if o=='fastswa.batchnorm'][-16:]       # where the learner is put back
+    for k in [*some, *ends] if name!='plane' else ends[::4]:
+        assert lines_of(f, k)[1], f'line {k} of {len(seen)}: lost'
+        assert same_as(was) and rng_fingerprint(l)==rng and signal.getsignal(signal.SIGINT) is handler, f'line {k} of {len(seen)}'
+
+def test_ctrl_c_ends_after_the_place():
+    l,ws = made()
+    n = []
+    def press(*args):
+        n.append(1)
+        signal.raise_signal(signal.SIGINT)
+    h = l.model.register_forward_hook(press)
+    with pytest.raises(KeyboardInterrupt): calm(plane, l, ws, n=19)
+    h.remove()
+    assert len(n)<10                                           # not all of the 361 places
+
+# ---- what a person sees
+
+@pytest.mark.parametrize('f,own', [(plot_plane,'panels top cmap axs'), (plot_ray,'panels axs'), (plot_width,'panels axs')])
+def test_parameters_on_shift_tab(f, own):
+    "Those of the measurement, with the same defaults, and those of the picture"
+    measured = inspect.signature(globals()[f.__name__.removeprefix('plot_')]).parameters
+    shown = inspect.signature(f).parameters
+    assert list(shown)==[*measured, *own.split()] and all(shown[k].default==o.default for k,o in measured.items())
+
+def boxes(artists): return [o.get_window_extent() for o in artists]
+
+def test_names_of_a_ray_cover_nothing():
+    ts = np.linspace(-.5, 1.5, 9)
+    for names in ('from','to'),('SGD, 60 epochs','SWA, the average of 16'):
+        at = {k:{TR:1.,VL:2.} for k in names}
+        fig = Ray(names, ts, 6.3, {TR:1-(ts-.5)**2, VL:ts**2}, at, ()).plot()
+        fig.canvas.draw()
+        for ax in fig.axes:
+            assert 'from' not in ax.get_xlabel()
+            *texts,plot = boxes([*ax.texts, ax.patch])
+            assert not any(o.overlaps(plot) for o in texts) and not texts[0].overlaps(texts[1])
+            assert all(o.x0>=0 and o.x1<=fig.bbox.x1 and o.y1<=fig.bbox.y1 for o in texts)
+
+@pytest.mark.parametrize('columns,rows', [(19,19), (19,4), (6,19)])
+def test_the_colour_bar_is_as_tall_as_the_plot(columns, rows):
+    xs,ys = np.arange(columns)*1.,np.arange(rows)*1.
+    z = (xs-2)**2+(ys[:,None]-2)**2
+    points = dict(W1=(0,0), W2=(xs[-1],0), W3=(xs[-1],ys[-1]), mean=(xs.mean(),ys.mean()))
+    for axs in None,plt.subplots(2, 2)[1][0,0]:
+        fig = Plane(xs, ys, {VL:z}, points, {k:{VL:1.} for k in points}, ()).plot(axs=axs)
+        fig.canvas.draw()
+        ax = fig.axes[0]
+        bar, = ax.child_axes
+        plot,side,*texts = boxes([ax.patch, bar.patch, *ax.texts])
+        assert abs(plot.y0-side.y0)<1 and -1<plot.y1-side.y1<.06*plot.height and 0<side.x0-plot.x1<30      # the rest is its arrow
+        ticks = boxes(o for o in bar.get_yticklabels() if o.get_text())
+        assert len(ticks)>1 and not any(a.overlaps(b) for a,b in zip(ticks, ticks[1:]))
+        if plot.width>150: assert all(plot.x0<=o.x0 and o.x1<=plot.x1 for o in texts)         # names stay inside
+        if axs is None: assert 0<=ticks[0].x0 and ticks[0].x1<=fig.bbox.x1

@@ -1,5 +1,5 @@
 "What the repository promises about itself: generated files in step, an install that happens once, nothing of one machine in what is stored"
-import ast,importlib,importlib.util,json,os,re,shutil,subprocess,sys
+import ast,importlib,importlib.util,json,os,re,runpy,shutil,signal,subprocess,sys,tarfile,time,types,zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -58,11 +58,22 @@ def test_notebooks_clean(copy):
 
 def test_all_has_every_name():
     import fastswa.all
-    mods = [o.stem for o in (root/'fastswa').glob('*.py') if o.name not in by_hand|{'_modidx.py', 'demo.py', 'cifar.py'}]
+    mods = [o.stem for o in (root/'fastswa').glob('*.py') if o.name not in by_hand|{'_modidx.py', 'demo.py', 'cifar.py', 'commands.py'}]
     assert len(mods)>=4
     for o in mods:
         missing = set(importlib.import_module(f'fastswa.{o}').__all__)-set(dir(fastswa.all))
         assert not missing, f'fastswa/all.py lacks {missing}'
+
+starred = '''Ensemble FGE Plane Ray SWA SnapshotEnsemble WeightAverage Width cycle_lr fge_cycles fge_lr group_lrs plot_plane plot_ray plot_swa_sched
+    plot_width sched_authors snapshot_cycles snapshot_lr swa_cycles swa_lrs update_bn'''.split()     # what people type; the rest is in its module
+
+def test_the_star_brings_these_names():
+    had = {}
+    exec('from fastswa.all import *', had)
+    assert sorted(o for o in had if not o.startswith('_'))==sorted(starred)
+    from fastswa.landscape import plane,ray,width
+    from fastswa.schedule import Cycles
+    assert all(map(callable, (plane,ray,width,Cycles)))
 
 def stored(p):
     "All the text of the notebook at `p`, outputs included, pictures not"
@@ -146,6 +157,110 @@ def test_version():
 def test_importing_the_package_is_cheap():
     r = python('-c', 'import sys,fastswa; print(fastswa.__version__, "torch" in sys.modules)', PYTHONPATH=str(root))
     assert r.stdout.split()[1:]==['False'], r.stderr
+
+def test_what_is_packed(copy):
+    "All of the package and none of the tests, which need the whole repository"
+    for o in 'MANIFEST.in','LICENSE': shutil.copy(root/o, copy/o)
+    shutil.copytree(root/'tests', copy/'tests', ignore=shutil.ignore_patterns('__pycache__'))
+    r = python('setup.py', '-q', 'sdist', '-d', 'out', cwd=copy)
+    assert r.returncode==0, r.stderr
+    archive, = (copy/'out').glob('*.tar.gz')
+    with tarfile.open(archive) as f: f.extractall(copy/'out', filter='data')
+    unpacked, = (o for o in (copy/'out').iterdir() if o.is_dir())
+    modules = {o.name for o in (root/'fastswa').iterdir() if o.is_file()}
+    assert 'py.typed' in modules and {o.name for o in (unpacked/'fastswa').iterdir()}==modules
+    has = {o.name for o in unpacked.iterdir()}
+    assert {'LICENSE','README.md','settings.ini','setup.py','pyproject.toml'}<=has and 'tests' not in has
+    r = python('setup.py', '-q', 'bdist_wheel', '-d', 'wheel', cwd=unpacked)
+    assert r.returncode==0, r.stderr
+    wheel, = (unpacked/'wheel').glob('*.whl')
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {o.removeprefix('fastswa/') for o in names if '.dist-info/' not in o}==modules
+    entry, = (o for o in names if o.endswith('entry_points.txt'))
+    assert 'fastswa_demo = fastswa.commands:demo' in zipfile.ZipFile(wheel).read(entry).decode()
+
+# Commands
+
+commands = 'demo','cifar'
+
+def command(name, *args, env=None, **kw):
+    "The command, begun as the script that pip makes for it, with what it prints in pipes"
+    code = f'import sys; from fastswa.commands import {name}; sys.exit({name}())'
+    env = {**os.environ, 'PYTHONPATH':str(root), 'PYTHONUNBUFFERED':'', **(env or {})}
+    return subprocess.Popen([sys.executable, '-c', code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8', env=env, **kw)
+
+def test_commands_import_lightly():
+    r = python('-c', 'import sys,fastswa.commands; print([o for o in ("torch","numpy","fastcore") if o in sys.modules])', PYTHONPATH=str(root))
+    assert r.stdout=='[]\n', r.stderr
+
+@pytest.mark.skipif(os.name=='nt', reason='signals are sent otherwise there')
+@pytest.mark.parametrize('name', commands)
+def test_ctrl_c_during_the_import(name):
+    p = command(name)
+    time.sleep(.5)             # Python is up, torch is not
+    p.send_signal(signal.SIGINT)
+    out,err = p.communicate(timeout=60)
+    assert (p.returncode,out,err.strip())==(130,'',f'fastswa_{name}: interrupted')
+
+def test_ctrl_c_that_an_import_swallows(tmp_path):
+    (tmp_path/'small.py').write_text('import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: raise ImportError("a module is missing")')
+    code = f'import fastswa,sys; fastswa.__path__.append({str(tmp_path)!r}); from fastswa.commands import run_command; sys.exit(run_command("small"))'
+    r = python('-c', code, PYTHONPATH=str(root))
+    assert (r.returncode,r.stdout,r.stderr.strip())==(130,'','fastswa_small: interrupted')
+
+@pytest.fixture
+def small_command(monkeypatch):
+    "Runs a module with this `main` as a command"
+    def _inner(main):
+        m = types.ModuleType('fastswa.small')
+        m.main = main
+        monkeypatch.setitem(sys.modules, 'fastswa.small', m)
+        from fastswa.commands import run_command
+        return run_command('small')
+    return _inner
+
+def test_how_commands_end(small_command, capsys):
+    handler = signal.getsignal(signal.SIGINT)
+    seen = []
+    def stop():
+        seen.append(signal.getsignal(signal.SIGINT))
+        raise KeyboardInterrupt
+    assert small_command(stop)==130 and capsys.readouterr().err.strip()=='fastswa_small: interrupted'
+    assert seen==[handler] and signal.getsignal(signal.SIGINT) is handler
+    assert [small_command(lambda code=code: code) for code in (None,0,130)]==[None,0,130]
+    with pytest.raises(SystemExit): small_command(lambda: sys.exit(2))
+    with pytest.raises(ZeroDivisionError): small_command(lambda: 1/0)
+
+@pytest.mark.skipif(os.name=='nt', reason='no such pipes')
+def test_a_reader_that_has_gone(tmp_path):
+    code = """if True:
+        import sys, types
+        m = sys.modules['fastswa.small'] = types.ModuleType('fastswa.small')
+        def main():
+            for i in range(100000): print(i)
+        m.main = main
+        from fastswa.commands import run_command
+        sys.exit(run_command('small'))"""
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH':str(root)})
+    assert p.stdout.readline()=='0\n'
+    p.stdout.close()
+    assert p.stderr.read()=='' and p.wait()==141
+    p.stderr.close()
+
+@pytest.mark.parametrize('name', commands)
+def test_help_and_version(name, monkeypatch, capsys):
+    "On narrow screens too, of which each line keeps to its columns; and by the name of the module"
+    import fastswa
+    main = importlib.import_module(f'fastswa.{name}').main
+    for columns in 40,60,80,120:
+        monkeypatch.setenv('COLUMNS', str(columns))
+        with pytest.raises(SystemExit) as e: main(['--help'])
+        out = capsys.readouterr().out
+        assert not e.value.code and '%%' not in out and max(map(len, out.splitlines()))<=columns and out.split()[1]==f'fastswa_{name}'
+    monkeypatch.setattr(sys, 'argv', ['x', '--version'])
+    for f in lambda: main(['--version']),lambda: runpy.run_module(f'fastswa.{name}', run_name='__main__', alter_sys=True):
+        with pytest.raises(SystemExit) as e: f()
+        assert not e.value.code and capsys.readouterr().out==f'fastswa {fastswa.__version__}\n'
 
 boot = load(root/'tools/bootstrap.py')
 ini = boot.configparser.ConfigParser(delimiters=['='], interpolation=None)
