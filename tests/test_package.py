@@ -133,6 +133,8 @@ def test_pipe_table():
     html = f'<div><style scoped>td {{}}</style>{html}</div>'
     assert readme.html_md(html)=='|  | a\\|b |\n| ---: | --- |\n| 0 | <x |'
     for o in html.replace('<td', '<td colspan="2"', 1),'words '+html: assert '<table' in readme.html_md(o)
+    html = '<table>'+''.join('<tr>'+''.join(f'<td>{o}</td>' for o in r)+'</tr>' for r in (('epoch','swa_loss','who'), ('0','nan','nan'), ('1','0.45','nanny')))+'</table>'
+    assert readme.html_md(html).splitlines()[1]=='| ---: | ---: | --- |'      # nan is a number where no average is there yet
     assert readme.html_md('<style>x</style>\n')==''
 
 # Metadata
