@@ -100,9 +100,11 @@ def at(learn, ws):
     "`learn` with these weights, and statistics measured for them"
     with torch.no_grad():
         for p,w in zip(learn.model.parameters(), ws): p.copy_(w)
-    learn.update_bn()
+    with quiet(learn): learn.update_bn()
 
-def measured(learn, test=2): learn.update_bn(); return score(learn, test)
+def measured(learn, test=2):
+    with quiet(learn): learn.update_bn()
+    return score(learn, test)
 
 def swa_scores(learn, swa, walk=None, test=2):
     "The average, the last weights with running and with measured statistics, and the mean of as many last points as have the lowest validation loss"
@@ -151,32 +153,54 @@ def paired(a, b):
         res[m] = mean(d),stdev(d)/len(d)**.5 if len(d)>1 else 0.,sum(o<0 for o in d)
     return res
 
-def show(res):
-    "Differences from the same fit without SWA, statistics measured: test loss (seeds on which it is lower), error in points"
-    def cell(a, b):
-        o = paired(a, b)
-        return f'{o["loss"][0]:+.3f} ({o["loss"][2]}), {o["err"][0]:+.2f} ({o["err"][2]})'
-    print('| fit | seeds | without SWA | `SWA()` | its last weights | its chosen window | `SWA(swa_lr=lr)` | its chosen window |\n|---|---|---|---|---|---|---|---|')
-    for k in fits:
-        seeds = list(res['fits'].get(k, {}).values())
-        if not seeds: continue
-        def of(arm, what): return [o[arm][what] for o in seeds]
-        base = of('without', 'last')
-        cells = [f'{mean(o["loss"] for o in base):.3f}, {mean(o["err"] for o in base):.2f}%'] + [cell(of('SWA()', o), base) for o in ('mean','last','chosen')]
-        if 'SWA(swa_lr=lr)' in seeds[0]: cells += [cell(of('SWA(swa_lr=lr)', o), base) for o in ('mean','chosen')]
-        else: cells += ['','']
-        print(f'| {k} | {len(seeds)} | {" | ".join(cells)} |')
-    print('\nThe last weights with running statistics, the same with measured ones, and the average: accuracy in %, mean over the seeds\n\n| fit | running | measured | average |\n|---|---|---|---|')
-    for k,o in gaps(res).items(): print(f'| {k} | {o["running"]:.1f} | {o["last"]:.1f} | {o["mean"]:.1f} |')
-    seeds = list(res['demo'].values())
-    if not seeds: return
-    print(f"\nREADME's example, {len(seeds)} seeds: test error in %, test loss")
-    for o in ('running','last','annealed','mean'): print(f'  {o:10}{mean(s[o]["err"] for s in seeds):8.2f}{mean(s[o]["loss"] for s in seeds):8.3f}')
-    for o in ('running','last','annealed'): print(f'  mean against {o:10}', cell([s['mean'] for s in seeds], [s[o] for s in seeds]))
+def of(res, k, arm, what): return [o[arm][what] for o in res['fits'][k].values()]
 
-def gaps(res):
-    "Mean accuracies of SWA()'s last weights, with running and with measured statistics, and of its average"
-    return {k: {o: 100-mean(s['SWA()'][o]['err'] for s in res['fits'][k].values()) for o in ('running','last','mean')} for k in fits if res['fits'].get(k)}
+def level(rs): return f'{mean(o["loss"] for o in rs):.3f}, {mean(o["err"] for o in rs):.1f}%'
+
+def diff(a, b):
+    o = paired(a, b)
+    loss,err = (round(o[m][0], n)+0. for m,n in (('loss',3), ('err',1)))     # no -0.0
+    return f'{loss:+.3f} ({o["loss"][2]}), {err:+.1f}'
+
+def n_seeds(groups): return '-'.join(str(o) for o in sorted({min(map(len, groups)), max(map(len, groups))}))
+
+def fit_table(res, wrong=None, chosen=True):
+    """Differences from the same fit without SWA, statistics measured: test loss (on how many seeds it is lower), test error in points.
+
+    `wrong`: only the fits with wrong labels, or with right ones. `chosen`: also the mean of as many last points as have the lowest validation loss"""
+    arms = [('SWA()','mean','`SWA()`'), ('SWA()','last','its last weights'), ('SWA()','chosen','its best window'),
+            ('SWA(swa_lr=lr)','mean','`SWA(swa_lr=lr)`'), ('SWA(swa_lr=lr)','chosen','its best window')]
+    if not chosen: arms = [o for o in arms if o[1]!='chosen']
+    rows = [[f'{n_seeds(res["fits"].values())} seeds', 'without SWA', *(o[2] for o in arms)], ['---']*(len(arms)+2)]
+    for k,f in fits.items():
+        if k not in res['fits'] or wrong not in (None, f['wrong']): continue
+        base,has = of(res, k, 'without', 'last'),next(iter(res['fits'][k].values()))
+        name = f'`{k.split(", a fifth")[0]}`'+(', a fifth wrong' if f['wrong'] and wrong is None else '')
+        rows.append([name, level(base), *(diff(of(res, k, arm, what), base) if arm in has else '' for arm,what,_ in arms)])
+    return '\n'.join(f'| {" | ".join(o)} |' for o in rows)
+
+def gap_table(res):
+    "Accuracies in % that people see: of the last weights as they are, with measured statistics, and of the average"
+    rows = [f'| {n_seeds(res["fits"].values())} seeds | last weights, running statistics | the same, statistics measured | average |', '|---|---:|---:|---:|']
+    for k in fits:
+        if k in res['fits']: rows.append(f'| {k} | '+' | '.join(f'{100-mean(o["err"] for o in of(res, k, "SWA()", w)):.1f}' for w in ('running','last','mean'))+' |')
+    return '\n'.join(rows)
+
+def example(res):
+    "README's example over the seeds: the average beside what else the same epochs give"
+    rs = list(res['demo'].values())
+    names = dict(mean='average', last='its last weights, statistics measured', running='its last weights, running statistics', annealed='SGD, annealed to a hundredth')
+    rows = [f'| {len(rs)} seeds | test loss | test error | the average is better on |', '|---|---:|---:|---|']
+    for k,name in names.items():
+        d = paired([o['mean'] for o in rs], [o[k] for o in rs])
+        won = '' if k=='mean' else f'{d["loss"][2]} in loss, {d["err"][2]} in error'
+        rows.append(f'| {name} | {mean(o[k]["loss"] for o in rs):.3f} | {mean(o[k]["err"] for o in rs):.1f}% | {won} |')
+    return '\n'.join(rows)
+
+def show(res):
+    print(fit_table(res), gap_table(res), example(res), sep='\n\n')
+
+def stored(): return json.loads((here/'benchmark_when.json').read_text())
 
 def dump(res):
     def block(d): return '{\n'+',\n'.join(f'"{s}": {json.dumps(v)}' for s,v in d.items())+'}'
