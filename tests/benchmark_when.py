@@ -1,9 +1,10 @@
-"""In which fits does averaging help? `python tests/benchmark_when.py [--seeds N] [--out FILE]`, and `--show` for the tables alone
+"""In which fits does averaging help? `python tests/benchmark_when.py [--seeds N]`, and `--show` for the tables alone
 
-Each fit is run without SWA and with it, on the same digits, wrong labels, first weights and batches. Measured are the last weights without SWA, the
-average, and the last weights of the walk that was averaged: all with BatchNorm statistics measured for them, so that what the mean adds and what comes of
-the learning rate that SWA holds can be told apart. What each fit gave is written to `benchmark_when.json` beside this file, in the order of the seeds;
-what is there already is not computed again (remove the file for that: an hour on one core)."""
+Each fit is run without SWA and with it, on the same digits, wrong labels, first weights and batches. Measured are the
+last weights without SWA, the average, and the last weights of the walk that was averaged: all with BatchNorm statistics
+measured for them, so that what the mean adds and what comes of the learning rate that SWA holds can be told apart. What
+each fit gave is written to `benchmark_when.json` beside this file; what is there already is not computed again (remove
+the file for that: half an hour on one core)."""
 import argparse, json, sys, warnings
 from functools import lru_cache
 from pathlib import Path
@@ -33,8 +34,9 @@ def split(seed):
     valid,test = train_test_split(rest, train_size=n_valid, stratify=y[rest], random_state=seed)
     return train,valid,test
 
-def net(n_out=10):
-    return nn.Sequential(ConvLayer(1,16), ConvLayer(16,32,stride=2), ConvLayer(32,64,stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64,n_out))
+def net():
+    return nn.Sequential(ConvLayer(1,16), ConvLayer(16,32,stride=2), ConvLayer(32,64,stride=2), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(64,10))
 
 def make(seed, wrong):
     "A learner with fastai's own Adam, whose DataLoaders are training, validation and test"
@@ -43,7 +45,8 @@ def make(seed, wrong):
     ds = [TensorDataset(x[o], y[o]) for o in map(torch.tensor, split(seed))]
     if wrong: ds[0] = TensorDataset(ds[0].tensors[0], wrong_labels(ds[0].tensors[1], seed))
     set_seed(seed)
-    dls = DataLoaders(TensorLoader(ds[0], bs=50, shuffle=True), *(TensorLoader(o, bs=len(o)) for o in ds[1:]), device=torch.device('cpu'))
+    train,*rest = TensorLoader(ds[0], bs=50, shuffle=True),*(TensorLoader(o, bs=len(o)) for o in ds[1:])
+    dls = DataLoaders(train, *rest, device=torch.device('cpu'))
     return Learner(dls, net(), loss_func=CrossEntropyLossFlat())
 
 @lru_cache(1)
@@ -63,7 +66,8 @@ def pretrained(seed, wrong):
 
 def quiet(learn): return ContextManagers([learn.no_bar(), learn.no_logging()])
 
-# The fits: are labels wrong, what is called, the rate that `SWA(swa_lr=lr)` holds (where the rate is constant, so that this is the fit's own walk)
+# The fits: what is called, the rate that `SWA(swa_lr=lr)` holds (where it is constant, so that this is the fit's own
+# walk), whether labels are wrong
 
 def call(name, *args, make=make, lr=None, wrong=False): return dict(name=name, args=args, make=make, lr=lr, wrong=wrong)
 
@@ -76,8 +80,8 @@ fits = {'fit(5)':                 call('fit', 5, lr=1e-3),
         'fine_tune(3)':           call('fine_tune', 3, make=pretrained),
         'fine_tune(15)':          call('fine_tune', 15, make=pretrained)}
 noisy = {'fit(60)': call('fit', 60, lr=1e-3), 'fit_one_cycle(40, 1e-2)': call('fit_one_cycle', 40, 1e-2)}
-fits |= {f'{k}, a fifth wrong':dict((fits|noisy)[k], wrong=True)
-         for k in ('fit(5)', 'fit(60)', 'fit(60, 5e-3)', 'fit_one_cycle(5)', 'fit_one_cycle(40)', 'fit_one_cycle(40, 1e-2)')}
+also_noisy = 'fit(5)', 'fit(60)', 'fit(60, 5e-3)', 'fit_one_cycle(5)', 'fit_one_cycle(40)', 'fit_one_cycle(40, 1e-2)'
+fits |= {f'{k}, a fifth wrong':dict((fits|noisy)[k], wrong=True) for k in also_noisy}
 
 # What is measured
 
@@ -86,7 +90,8 @@ class Walk(Callback):
     order,run_valid = SWA.order+1,False
     def __init__(self, swa): self.swa,self.ws = swa,[]
     def _take(self):
-        if len(self.swa.collected)>len(self.ws): self.ws.append([p.detach().clone() for p in self.learn.model.parameters()])
+        if len(self.swa.collected)==len(self.ws): return
+        self.ws.append([p.detach().clone() for p in self.learn.model.parameters()])
     def after_batch(self): self._take()
     def after_train(self): self._take()
 
@@ -107,7 +112,8 @@ def measured(learn, test=2):
     return score(learn, test)
 
 def swa_scores(learn, swa, walk=None, test=2):
-    "The average, the last weights with running and with measured statistics, and the mean of as many last points as have the lowest validation loss"
+    """The average, the last weights with running and with measured statistics, and the mean of as many last points as
+    have the lowest validation loss"""
     res = dict(n=swa.n_averaged, mean=score(learn, test))
     swa.restore(learn)
     res |= dict(running=score(learn, test), last=measured(learn, test))
@@ -129,7 +135,7 @@ def train(f, seed, **kw):
     return dict(running=score(learn, 2), last=measured(learn)) if swa is None else swa_scores(learn, swa, walk)
 
 def run(f, seed):
-    "Results of one kind of fit. At a constant rate `SWA(swa_lr=lr)` changes nothing in the walk: its last weights are those without SWA"
+    "One fit, all arms. `SWA(swa_lr=lr)` changes nothing in a walk at that rate: its last weights are those without SWA"
     swa = train(f, seed, start=.75)
     if f['lr'] is None: return {'without':train(f, seed), 'SWA()':swa}
     held = train(f, seed, swa_lr=f['lr'])
@@ -165,9 +171,8 @@ def diff(a, b):
 def n_seeds(groups): return '-'.join(str(o) for o in sorted({min(map(len, groups)), max(map(len, groups))}))
 
 def fit_table(res, wrong=None, chosen=True):
-    """Differences from the same fit without SWA, statistics measured: test loss (on how many seeds it is lower), test error in points.
-
-    `wrong`: only the fits with wrong labels, or with right ones. `chosen`: also the mean of as many last points as have the lowest validation loss"""
+    """Differences from the same fit without SWA, statistics measured: test loss (on how many seeds it is lower), test
+    error in points. `wrong`: only fits with wrong labels, or with right ones. `chosen`: the best window as well"""
     arms = [('SWA()','mean','`SWA()`'), ('SWA()','last','its last weights'), ('SWA()','chosen','its best window'),
             ('SWA(swa_lr=lr)','mean','`SWA(swa_lr=lr)`'), ('SWA(swa_lr=lr)','chosen','its best window')]
     if not chosen: arms = [o for o in arms if o[1]!='chosen']
@@ -176,25 +181,39 @@ def fit_table(res, wrong=None, chosen=True):
         if k not in res['fits'] or wrong not in (None, f['wrong']): continue
         base,has = of(res, k, 'without', 'last'),next(iter(res['fits'][k].values()))
         name = f'`{k.split(", a fifth")[0]}`'+(', a fifth wrong' if f['wrong'] and wrong is None else '')
-        rows.append([name, level(base), *(diff(of(res, k, arm, what), base) if arm in has else '' for arm,what,_ in arms)])
+        cells = [diff(of(res, k, arm, what), base) if arm in has else '' for arm,what,_ in arms]
+        rows.append([name, level(base), *cells])
     return '\n'.join(f'| {" | ".join(o)} |' for o in rows)
 
 def gap_table(res):
     "Accuracies in % that people see: of the last weights as they are, with measured statistics, and of the average"
-    rows = [f'| {n_seeds(res["fits"].values())} seeds | last weights, running statistics | the same, statistics measured | average |', '|---|---:|---:|---:|']
+    head = 'last weights, running statistics | the same, statistics measured | average'
+    rows = [f'| {n_seeds(res["fits"].values())} seeds | {head} |', '|---|---:|---:|---:|']
     for k in fits:
-        if k in res['fits']: rows.append(f'| {k} | '+' | '.join(f'{100-mean(o["err"] for o in of(res, k, "SWA()", w)):.1f}' for w in ('running','last','mean'))+' |')
+        if k not in res['fits']: continue
+        accs = [100-mean(o['err'] for o in of(res, k, 'SWA()', w)) for w in ('running','last','mean')]
+        rows.append(f'| {k} | '+' | '.join(f'{o:.1f}' for o in accs)+' |')
     return '\n'.join(rows)
+
+def columns(res):
+    "What `accuracy` and `swa_accuracy` say of the last epoch, and what measured statistics say of the same weights"
+    demo,short = list(res['demo'].values()),[o['SWA()'] for o in res['fits']['fit_one_cycle(2, 1e-2)'].values()]
+    def accs(rs): return [100-mean(o[k]['err'] for o in rs) for k in ('running','mean','last')]
+    def line(name, rs): return '{} ({} seeds) `accuracy` would be {:.1f}% beside {:.1f}% of `swa_accuracy`, where the last ' \
+        'weights with measured statistics have {:.1f}%.'.format(name, len(rs), *accs(rs))
+    return f'{line("In the first example", demo)} {line("After `fit_one_cycle(2, 1e-2)` on the same digits", short)}'
 
 def example(res):
     "README's example over the seeds: the average beside what else the same epochs give"
     rs = list(res['demo'].values())
-    names = dict(mean='average', last='its last weights, statistics measured', running='its last weights, running statistics', annealed='SGD, annealed to a hundredth')
+    names = dict(mean='average', last='its last weights, statistics measured',
+                 running='its last weights, running statistics', annealed='SGD, annealed to a hundredth')
     rows = [f'| {len(rs)} seeds | test loss | test error | the average is better on |', '|---|---:|---:|---|']
     for k,name in names.items():
         d = paired([o['mean'] for o in rs], [o[k] for o in rs])
         won = '' if k=='mean' else f'{d["loss"][2]} in loss, {d["err"][2]} in error'
-        rows.append(f'| {name} | {mean(o[k]["loss"] for o in rs):.3f} | {mean(o[k]["err"] for o in rs):.1f}% | {won} |')
+        loss,err = (mean(o[k][m] for o in rs) for m in ('loss','err'))
+        rows.append(f'| {name} | {loss:.3f} | {err:.1f}% | {won} |')
     return '\n'.join(rows)
 
 def show(res):
@@ -204,7 +223,8 @@ def stored(): return json.loads((here/'benchmark_when.json').read_text())
 
 def dump(res):
     def block(d): return '{\n'+',\n'.join(f'"{s}": {json.dumps(v)}' for s,v in d.items())+'}'
-    return '{"fits": {\n'+',\n'.join(f'"{k}": {block(res["fits"][k])}' for k in fits if k in res['fits'])+'},\n"demo": '+block(res['demo'])+'}\n'
+    parts = [f'"{k}": {block(res["fits"][k])}' for k in fits if k in res['fits']]
+    return '{"fits": {\n'+',\n'.join(parts)+'},\n"demo": '+block(res['demo'])+'}\n'
 
 def main(args=None):
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])

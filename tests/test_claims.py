@@ -5,6 +5,7 @@ from functools import partial
 import pytest, torch
 import torch.nn.functional as F
 import benchmark_claims as b
+import benchmark_cost as cost
 import benchmark_when as when
 from fastswa.demo import demo_learner
 from fastswa.callback import SWA
@@ -129,3 +130,22 @@ def test_readme_has_the_stored_numbers():
     text = (b.here.parent/'README.md').read_text()
     for o in when.fit_table(results, False, chosen=False), when.fit_table(results, True, chosen=False), when.example(results):
         assert re.sub(r'[ \t]+$', '', o, flags=re.M) in text, 'run tools/run_nbs.py nbs/index.ipynb, then tools/readme.py'
+
+# benchmark_cost.py
+
+def test_cost_tables_are_whole():
+    res = cost.stored()
+    text = (b.here.parent/'README.md').read_text()
+    assert cost.fit_table(res) in text, 'run tools/run_nbs.py nbs/index.ipynb, then tools/readme.py'
+    for o in [cost.fit_table(res), *cost.step_tables(res)]: assert len({line.count('|') for line in o.splitlines()})==1
+
+def test_a_fit_is_longer_by_what_comes_once():
+    once,both = {'SWA()':.5, 'SWA(eval_every=1)':1.7},{'SWA()':1., 'SWA(eval_every=1)':2.}
+    rows = cost.fit_table(dict(fits=dict(a=once, b=both))).splitlines()
+    assert rows[0]=='| a fit takes longer by | a | b |' and rows[2]=='| 5 epochs, `SWA()` | 10% | 20% |'
+    assert rows[-1]=='| each epoch that `eval_every` evaluates | 60% | 50% |'
+
+def test_time_of_a_fit_is_split():
+    def tiny(): return (*(TensorDataset(X[:64],Y[:64]) for _ in range(2)), net())
+    assert 0<cost.one_fit(tiny)<10
+    for ds,n in ((cost.Pictures(3),3), (cost.Pictures(2, train=False),2)): assert len(ds)==n and ds[1][0].shape==(3,32,32)
