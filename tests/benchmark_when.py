@@ -197,11 +197,13 @@ def gap_table(res):
 
 def columns(res):
     "What `accuracy` and `swa_accuracy` say of the last epoch, and what measured statistics say of the same weights"
-    demo,short = list(res['demo'].values()),[o['SWA()'] for o in res['fits']['fit_one_cycle(2, 1e-2)'].values()]
-    def accs(rs): return [100-mean(o[k]['err'] for o in rs) for k in ('running','mean','last')]
-    def line(name, rs): return '{} ({} seeds) `accuracy` would be {:.1f}% beside {:.1f}% of `swa_accuracy`, where the last ' \
-        'weights with measured statistics have {:.1f}%.'.format(name, len(rs), *accs(rs))
-    return f'{line("In the first example", demo)} {line("After `fit_one_cycle(2, 1e-2)` on the same digits", short)}'
+    def line(name, rs):
+        seen,swa,last = (100-mean(o[k]['err'] for o in rs) for k in ('running','mean','last'))
+        return (f'{name} ({len(rs)} seeds) `accuracy` has {seen:.1f}% beside {swa:.1f}% of `swa_accuracy`, and the last '
+                f'weights with measured statistics have {last:.1f}%.')
+    short = [o['SWA()'] for o in res['fits']['fit_one_cycle(2, 1e-2)'].values()]
+    parts = {'In the first example':res['demo'].values(), 'After `fit_one_cycle(2, 1e-2)` on the same digits':short}
+    return ' '.join(line(k, list(v)) for k,v in parts.items())
 
 def example(res):
     "README's example over the seeds: the average beside what else the same epochs give"
