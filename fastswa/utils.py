@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/01_utils.ipynb #ec05b68e
-import math, os, signal, threading, traceback, warnings, zipfile
+import inspect, math, os, signal, threading, traceback, warnings, zipfile
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,29 +16,45 @@ from uuid import uuid4
 import contextlib, fastai, fastcore, fastswa
 import numpy as np
 import torch
+from fastcore.docments import docments
 
 # %% ../nbs/01_utils.ipynb #4ab8aaaf
+class _Waiting:
+    "A handler that remembers Ctrl-C; one for all blocks that are within each other"
+    def __init__(self, usual, patience):
+        self.usual,self.patience,self.came = usual,patience,[]
+
+    def __call__(self, *args):
+        self.came.append(args)
+        if self.patience is not None and len(self.came)>self.patience: self.check()
+
+    def check(self):
+        if not self.came: return
+        args,self.came = self.came[0],[]
+        self.usual(*args)
+
 @contextmanager
 def uninterrupted(
     patience:int=None, # How many Ctrl-C wait; the next one is obeyed at once. None: all of them
 ):
     """Ctrl-C waits for the end of the block, or for a call of the function that the block is given.
 
-    Blocks can be nested. Signals come to the main thread only: elsewhere this does nothing."""
-    came,old = [],signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(old):
+    Blocks can be nested: then it waits for the end of the outermost, or for such a call in any of them.
+    Signals come to the main thread only: elsewhere this does nothing."""
+    now = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(now):
         yield lambda: None
-        return
-    def wait(*args):
-        if patience is not None and len(came)>=patience: old(*args)
-        else: came.append(args)
-    def check():
-        if came: old(*came.pop())
-    signal.signal(signal.SIGINT, wait)
-    try: yield check
-    finally:
-        signal.signal(signal.SIGINT, old)
-        if came: old(*came[0])
+    elif isinstance(now, _Waiting):
+        kept,now.patience = now.patience,patience
+        try: yield now.check
+        finally: now.patience = kept
+    else:
+        waiting = _Waiting(now, patience)
+        signal.signal(signal.SIGINT, waiting)
+        try: yield waiting.check
+        finally:
+            signal.signal(signal.SIGINT, now)
+            waiting.check()
 
 # %% ../nbs/01_utils.ipynb #dc7e9ee0
 _libraries = *(os.path.join(o.__path__[0], '') for o in (fastswa, fastai, fastcore, torch)),contextlib.__file__
@@ -121,6 +137,15 @@ def plain_number(
 
 def is_int(o): return isinstance(plain_number(o), int) and not isinstance(plain_number(o), bool)
 def is_num(o): return is_int(o) or (isinstance(plain_number(o), float) and math.isfinite(plain_number(o)))
+
+# %% ../nbs/01_utils.ipynb #4a9fa2df
+def with_parameters(cls):
+    "Add what the comments beside the parameters of `cls` say to its docstring"
+    try: docs = docments(cls.__init__)
+    except OSError: return cls                       # no source to read
+    lines = [f'    {k}: {v}' for k,v in docs.items() if v and k!='return']
+    cls.__doc__ = '\n\n'.join([inspect.cleandoc(cls.__doc__ or ''), '\n'.join(['Parameters:', *lines])])
+    return cls
 
 # %% ../nbs/01_utils.ipynb #ef2e1aab
 def get_modes(model): return [(m,m.training) for m in model.modules()]
