@@ -1,11 +1,14 @@
-"The experiment behind nbs/70_tutorial.claims.ipynb: its script runs, and what is stored is what it writes"
-import json
+"The experiments behind nbs/70_tutorial.claims.ipynb and nbs/75_tutorial.when.ipynb: their scripts run, and what is stored is what they write"
+import json, re
 from functools import partial
 
 import pytest, torch
 import torch.nn.functional as F
 import benchmark_claims as b
+import benchmark_cost as cost
+import benchmark_when as when
 from fastswa.demo import demo_learner
+from fastswa.callback import SWA
 from common import *
 
 stored = json.loads((b.here/'benchmark_claims.json').read_text())
@@ -58,3 +61,91 @@ def test_with_weights_leaves_nothing():
     before = state(learn.model)
     with b.with_weights(learn, [torch.zeros_like(p) for p in learn.model.parameters()]): assert not next(learn.model.parameters()).any()
     assert same(before, state(learn.model))
+
+# benchmark_when.py
+
+results = when.stored()
+
+def test_stored_fits_are_whole():
+    assert list(results['fits'])==list(when.fits) and all(len(o)>=6 for o in results['fits'].values()) and len(results['demo'])>=20
+    for k,f in when.fits.items():
+        for o in results['fits'][k].values():
+            assert list(o)==['without','SWA()']+['SWA(swa_lr=lr)']*(f['lr'] is not None) and list(o['without'])==['running','last']
+            for arm in [*o][1:]: assert list(o[arm])==['n','mean','running','last','window','chosen'] and 1<=o[arm]['window']<=o[arm]['n']
+    every = [str(o) for seeds in [*results['fits'].values(), results['demo']] for o in seeds.values()]
+    assert len(set(every))==len(every)                                                                      # no seed is a copy of another
+    assert when.dump(results)==(when.here/'benchmark_when.json').read_text()
+
+@pytest.fixture
+def short(monkeypatch):
+    "Two of the fits, of so few epochs that they take no time"
+    monkeypatch.setattr(when, 'fits', {'fit(5)': dict(when.fits['fit(5)'], args=(2,)), 'fine_tune(3)': dict(when.fits['fine_tune(3)'], args=(1,), make=when.make)})
+    full = when.demo
+    monkeypatch.setattr(when, 'demo', lambda seed: full(seed, epochs=2))
+
+def test_when_writes_what_is_stored(short, tmp_path, monkeypatch, capsys):
+    out = tmp_path/'a.json'
+    args = ['--seeds','1','--demo_seeds','1','--out',str(out)]
+    when.main(args)
+    new,was = json.loads(out.read_text()),out.read_bytes()
+    for k in when.fits:
+        for arm,o in new['fits'][k]['500'].items(): assert list(o)==list(results['fits'][k]['500'][arm])
+    assert list(new['demo']['700'])==list(results['demo']['700'])
+    for o in 'run','demo': monkeypatch.setattr(when, o, lambda *args: pytest.fail('computed again'))
+    capsys.readouterr()
+    when.main(args)
+    shown = capsys.readouterr().out
+    assert out.read_bytes()==was and '| `fit(5)` |' in shown and '| average |' in shown
+    when.main([*args, '--show'])
+    assert out.read_bytes()==was
+
+def test_a_held_rate_leaves_the_walk_alone(short):
+    "At a constant rate the last weights of `SWA(swa_lr=lr)` are those of the fit without SWA: one fit gives both"
+    f = when.fits['fit(5)']
+    both,alone = when.run(f, 3)['without'],when.train(f, 3)
+    assert both['running']==alone['running']
+    assert both['last']['loss']==pytest.approx(alone['last']['loss'], rel=1e-3)      # statistics are measured on batches in another order
+
+def test_scores_of_a_walk(short):
+    learn,swa = when.make(0, True),SWA(start=0, cycle_len=1)
+    walk = when.Walk(swa)
+    fit(learn, 4, cbs=[swa,walk])
+    assert len(walk.ws)==swa.n_averaged==4
+    mean = [torch.stack(o).mean(0) for o in zip(*walk.ws)]
+    for p,w in zip(learn.model.parameters(), mean): assert torch.allclose(p, w, atol=1e-6)
+    last = when.swa_scores(learn, swa, walk)
+    when.at(learn, walk.ws[-1])
+    assert when.score(learn, 2)['loss']==pytest.approx(last['last']['loss'], rel=1e-3)
+    x,y = learn.dls[2].dataset.tensors
+    assert len(y)==947 and when.score(learn, 2)['err']==pytest.approx(100*(learn.model(x).argmax(1)!=y).float().mean().item())
+
+def test_when_splits():
+    a,b,c = map(set, when.split(0))
+    assert (len(a),len(b),len(c))==(600,250,947) and len(a|b|c)==1797
+    clean,noisy = (when.make(0, o).dls for o in (False,True))
+    assert (clean.train.dataset.tensors[1]!=noisy.train.dataset.tensors[1]).sum()==120
+    for i in 1,2: assert torch.equal(clean[i].dataset.tensors[1], noisy[i].dataset.tensors[1])      # only training labels are wrong
+
+def test_readme_has_the_stored_numbers():
+    text = (b.here.parent/'README.md').read_text()
+    for o in when.fit_table(results, False, chosen=False), when.fit_table(results, True, chosen=False), when.example(results):
+        assert re.sub(r'[ \t]+$', '', o, flags=re.M) in text, 'run tools/run_nbs.py nbs/index.ipynb, then tools/readme.py'
+
+# benchmark_cost.py
+
+def test_cost_tables_are_whole():
+    res = cost.stored()
+    text = (b.here.parent/'README.md').read_text()
+    assert cost.fit_table(res) in text, 'run tools/run_nbs.py nbs/index.ipynb, then tools/readme.py'
+    for o in [cost.fit_table(res), *cost.step_tables(res)]: assert len({line.count('|') for line in o.splitlines()})==1
+
+def test_a_fit_is_longer_by_what_comes_once():
+    a,c = ({'SWA()':x+.25, 'SWA(check=False)':x, 'SWA(eval_every=1)':2.} for x in (.5,1.))
+    rows = cost.fit_table(dict(fits=dict(a=a, c=c))).splitlines()
+    assert rows[0]=='| a fit takes longer by | a | c |' and rows[2]=='| averaging and BatchNorm statistics, 5 epochs | 10% | 20% |'
+    assert rows[-2]=='| the check, in a short fit | 5% | 5% |' and rows[-1]=='| each epoch that `eval_every` evaluates | 75% | 50% |'
+
+def test_time_of_a_fit_is_split():
+    def tiny(): return (*(TensorDataset(X[:64],Y[:64]) for _ in range(2)), net())
+    assert 0<cost.one_fit(tiny)<10
+    for ds,n in ((cost.Pictures(3),3), (cost.Pictures(2, train=False),2)): assert len(ds)==n and ds[1][0].shape==(3,32,32)

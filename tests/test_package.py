@@ -122,6 +122,29 @@ def test_readme_links_lead_somewhere():
     for o in re.findall(r'\]\(([^)\s]+)', md):
         if not re.match(r'https?:|#', o): assert (root/o.split('#')[0]).exists(), f'README.md links to {o}'
 
+def blocks(lang): return re.findall(rf'^```{lang}\n(.*?)^```', (root/'README.md').read_text(), re.M|re.S)
+
+def test_first_example_runs_as_it_stands(tmp_path):
+    "Copied into an empty folder, with fewer epochs and weights: nothing in it is undefined"
+    code = blocks('python')[0]
+    assert code.startswith('from fastai') and code.count('\n')<=10 and 'learn.fit(60' in code
+    (tmp_path/'try.py').write_text(code.replace('fit(60', 'fit(4'))
+    r = python('try.py', cwd=tmp_path, PYTHONPATH=str(root))
+    assert r.returncode==0, r.stderr
+
+def test_commands_of_the_readme_exist():
+    from importlib.metadata import entry_points
+    lines = [o.split('#')[0].strip() for b in blocks('sh') for o in b.splitlines()]
+    assert lines==['pip install .', 'make demo', 'make test']      # another one: try it by hand in a fresh clone, and then list it here
+    for o in 'fastswa_demo','fastswa_cifar': assert entry_points(group='console_scripts', name=o)
+
+def test_no_wide_tables():
+    "At 900 pixels GitHub has room for about 115 characters in a table, of which a cell that can wrap needs 30"
+    for line in (root/'README.md').read_text().splitlines():
+        if not line.startswith('|') or set(line)<=set('|-: '): continue
+        cells = [o.strip().replace('`', '') for o in line.strip('|').split(' | ')]
+        assert sum(max(min(len(o), 30), *map(len, o.split() or [''])) for o in cells)+3*len(cells)<=115, line
+
 readme = load(root/'tools/readme.py')
 
 @pytest.mark.parametrize('nb,md', [
@@ -144,6 +167,8 @@ def test_pipe_table():
     html = f'<div><style scoped>td {{}}</style>{html}</div>'
     assert readme.html_md(html)=='|  | a\\|b |\n| ---: | --- |\n| 0 | <x |'
     for o in html.replace('<td', '<td colspan="2"', 1),'words '+html: assert '<table' in readme.html_md(o)
+    html = '<table>'+''.join('<tr>'+''.join(f'<td>{o}</td>' for o in r)+'</tr>' for r in (('epoch','swa_loss','who'), ('0','nan','nan'), ('1','0.45','nanny')))+'</table>'
+    assert readme.html_md(html).splitlines()[1]=='| ---: | ---: | --- |'      # nan is a number where no average is there yet
     assert readme.html_md('<style>x</style>\n')==''
 
 # Metadata
@@ -274,15 +299,15 @@ def test_requirement_is_here(req):
 
 # What it works with
 
-def table(heading):
-    "Cells of the table under a heading of the README, row by row"
-    text = (root/'README.md').read_text().split(f'## {heading}\n')[1].split('\n## ')[0]
-    return [[c.strip() for c in o.strip('|').split(' | ')] for o in text.splitlines() if o.startswith('|')][2:]
+def rows(heading):
+    "What is listed under a heading of CONTRIBUTING, item by item"
+    text = (root/'CONTRIBUTING.md').read_text().split(f'## {heading}\n')[1].split('\n## ')[0]
+    return [o[2:] for o in text.splitlines() if o.startswith('- ')]
 
-@pytest.mark.parametrize('row', table('Works with'), ids=lambda o: re.sub(r'\W+', '_', o[0]))
+@pytest.mark.parametrize('row', rows('What it works with, and the test of each'), ids=lambda o: re.sub(r'\W+', '_', o.split('**')[1]))
 def test_what_it_works_with_is_tested(row):
-    tests = re.findall(r'`(test_\w+\.py)::(test_\w+)`', row[-1])
-    assert len(row)==3 and tests and len(tests)==row[-1].count('::')
+    tests = re.findall(r'`(test_\w+\.py)::(test_\w+)`', row)
+    assert tests and len(tests)==row.count('::')
     for file,name in tests: assert re.search(rf'^def {name}\(', (root/'tests'/file).read_text(), re.M), f'{file} has no {name}'
 
 # tools/run_nbs.py

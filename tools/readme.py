@@ -45,7 +45,7 @@ def pipe_table(html):
              for o in re.findall(r'<t[hd]\b[^>]*>(.*?)</t[hd]>', r, re.S)] for r in rows]
     around = re.sub(r'<table.*</table>|<p>\d+ rows × \d+ columns</p>|</?div[^>]*>|\s+', '', html, flags=re.S)
     if around or html.count('<table')!=1 or re.search(r'(row|col)span|<img|<a ', html) or len({len(o) for o in rows})!=1: return
-    num = [all(re.fullmatch(r'[\d.,:%+e-]*', r[i]) for r in rows[1:]) for i in range(len(rows[0]))]
+    num = [all(re.fullmatch(r'nan|[\d.,:%+e-]*', r[i]) for r in rows[1:]) for i in range(len(rows[0]))]
     def line(r): return '| '+' | '.join(r)+' |'
     return '\n'.join([line(rows[0]), line(['---:' if o else '---' for o in num]), *map(line, rows[1:])])
 
