@@ -23,12 +23,13 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.fp16 import ModelToHalf
 from fastai.callback.schedule import LRFinder, ParamScheduler, SchedLin
 from fastai.callback.tracker import ReduceLROnPlateau, SaveModelCallback, TrackerCallback
-from fastai.learner import AvgLoss, Learner, ValueMetric
+from fastai.learner import AvgLoss, Learner, SkipToEpoch, ValueMetric
 from fastai.torch_core import get_model, rank_distrib
 
 from .average import WeightAverage, all_finite, own_name, unwrap
 from .batchnorm import BNStats, _cancels, _is_distributed, _length, _n_batches, bn_layers, gives_parts, layer_names, learner_stats, n_processes, side_pass, trained_layers
 from .schedule import Cycles, _is_int, _check_cycles, _check_lr, cycle_lr, draw_sched, group_lrs, sched_authors, swa_cycles
+from .utils import uninterrupted
 
 # %% ../nbs/30_callback.ipynb #e02434dc
 class CycleCallback(Callback):
@@ -118,6 +119,18 @@ def before_train(self:CycleCallback):
     self._done = self._epoch*self._cycles.n_iter
     self._look_ahead()
 
+@patch
+def _after_training(self:CycleCallback):
+    "Order -60 of after_fit"
+    if self.learn.lock.locked() or not self._armed: return
+    skip_to = max([cb._skip_to for cb in self.learn._grab_cbs(SkipToEpoch)], default=0)
+    if not self._active and 0<self.learn.n_epoch<=skip_to:        # all was done before: what is left is what comes after training
+        self._epoch = self.learn.n_epoch
+        self._begin(_epoch_length(self.learn.dls.train))
+        self._done = self._epoch*self._cycles.n_iter
+        self._look_ahead()
+    if self._active: self._finish()
+
 def _epoch_length(dl):
     "Batches in an epoch; TypeError for a loader that does not know, with which fastai cannot train either"
     n = _length(dl)
@@ -136,8 +149,8 @@ def _begin(self:CycleCallback, n_iter):
     self._cycles = self._plan(self.learn.n_epoch, n_iter)
     self._check_rates(len(self.learn.opt.hypers))
     self._resume_or_reset(unwrap(self.learn.model))
-    self._lrs,self._skipped,self._moms = [],self._epoch*n_iter,None
-    if self._skipped and self._peaks is None: self._peaks = self._peaks_before(self._skipped)
+    self._lrs,self._skipped = [],self._epoch*n_iter
+    if self._skipped: self._derive_from_schedule(self._skipped)
     self._active,name = True,type(self).__name__
     if not self._cycles.ends:
         why = f'this fit has {self.learn.n_epoch} epochs' if n_iter else 'the training DataLoader has no batch (fewer items than a batch, and drop_last?)'
@@ -169,11 +182,18 @@ def _scheduled(self:CycleCallback, upto=1.):
     return None if sched is None else np.array([np.atleast_1d(sched(p)) for p in np.linspace(0, upto, 51)], dtype=float)
 
 @patch
-def _peaks_before(self:CycleCallback, it):
-    "Highest rates that a scheduled fit had before iteration `it`, which it goes on from; None where no schedule is known"
-    total = self.learn.n_epoch*self._cycles.n_iter
-    lrs = self._scheduled(min(it, self._cycles.begin)/total) if total else None
-    return None if lrs is None else np.array(np.broadcast_to(lrs.max(0), len(self.learn.opt.hypers)))
+def _derive_from_schedule(self:CycleCallback, it):
+    "What a fit that goes on from iteration `it` would know, had it made those before it: its highest rates, and the momentum it holds"
+    n,n_iter,begin,at = len(self.learn.opt.hypers),self._cycles.n_iter,self._cycles.begin,[]
+    for epoch in range(self.learn.n_epoch):
+        pos = epoch/self.learn.n_epoch
+        for _ in range(n_iter):
+            at.append(pos)
+            pos += 1./(n_iter*self.learn.n_epoch)
+    at = at[:min(it, begin+1)]
+    lr,mom = (next((cb.scheds[k] for cb in self.learn._grab_cbs(ParamScheduler) if k in cb.scheds), None) for k in ('lr','mom'))
+    if self._peaks is None and lr is not None: self._peaks = np.array(np.broadcast_to(np.max([lr(p) for p in at], axis=0), n), dtype=float)
+    if self._moms is None and mom is not None and it>begin: self._moms = np.broadcast_to(mom(at[-1]), n).tolist()
 
 # %% ../nbs/30_callback.ipynb #cee2b598
 @patch
@@ -200,8 +220,9 @@ def _collect(self:CycleCallback):
     if not all_finite(model.parameters()):
         self._once('finite', f'the weights are not finite after {self._done} iterations (the training diverged?): such snapshots are left out')
         return
-    self._take(model)
-    self.collected.append(self._done)
+    with uninterrupted():
+        self._take(model)
+        self.collected.append(self._done)
 
 @patch
 def _check_collected(self:CycleCallback):
@@ -222,7 +243,7 @@ class _Refresh(Callback):
     "Before anything else dismantles the fit: measure BatchNorm statistics"
     order = -60
     def __init__(self, cb): self.cb = cb
-    def after_fit(self): self.cb._finish()
+    def after_fit(self): self.cb._after_training()
 
 class _SWAInstall(Callback):
     "After everything else, SaveModel's loading of its best weights included: put the average into the model"
@@ -368,7 +389,7 @@ def _resume_or_reset(self:SWA, model):
     if self._epoch>0 and self._avg is not None and self._avg._model is model:
         if not self._avg.inside or self._avg.is_inside(): return self.restore(self.learn) if self._avg.inside else None
         self._once('lost', f'the model was changed after the average of {self.n_averaged} snapshots had been put into it: that average is gone, a new one begins')
-    self._avg,self._bn,self._own_bn,self._layers,self._peaks,self.collected = None,None,None,None,None,[]
+    self._avg,self._bn,self._own_bn,self._layers,self._peaks,self._moms,self.collected = None,None,None,None,None,None,[]
 
 @patch
 def _use_loaded(self:SWA, model):
