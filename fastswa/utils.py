@@ -18,27 +18,42 @@ import numpy as np
 import torch
 
 # %% ../nbs/01_utils.ipynb #4ab8aaaf
+class _Waiting:
+    "A handler that remembers Ctrl-C; one for all blocks that are within each other"
+    def __init__(self, usual, patience):
+        self.usual,self.patience,self.came = usual,patience,[]
+
+    def __call__(self, *args):
+        self.came.append(args)
+        if self.patience is not None and len(self.came)>self.patience: self.check()
+
+    def check(self):
+        if not self.came: return
+        args,self.came = self.came[0],[]
+        self.usual(*args)
+
 @contextmanager
 def uninterrupted(
     patience:int=None, # How many Ctrl-C wait; the next one is obeyed at once. None: all of them
 ):
     """Ctrl-C waits for the end of the block, or for a call of the function that the block is given.
 
-    Blocks can be nested. Signals come to the main thread only: elsewhere this does nothing."""
-    came,old = [],signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(old):
+    Blocks can be nested: then it waits for the end of the outermost, or for such a call in any of them.
+    Signals come to the main thread only: elsewhere this does nothing."""
+    now = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(now):
         yield lambda: None
-        return
-    def wait(*args):
-        if patience is not None and len(came)>=patience: old(*args)
-        else: came.append(args)
-    def check():
-        if came: old(*came.pop())
-    signal.signal(signal.SIGINT, wait)
-    try: yield check
-    finally:
-        signal.signal(signal.SIGINT, old)
-        if came: old(*came[0])
+    elif isinstance(now, _Waiting):
+        kept,now.patience = now.patience,patience
+        try: yield now.check
+        finally: now.patience = kept
+    else:
+        waiting = _Waiting(now, patience)
+        signal.signal(signal.SIGINT, waiting)
+        try: yield waiting.check
+        finally:
+            signal.signal(signal.SIGINT, now)
+            waiting.check()
 
 # %% ../nbs/01_utils.ipynb #dc7e9ee0
 _libraries = *(os.path.join(o.__path__[0], '') for o in (fastswa, fastai, fastcore, torch)),contextlib.__file__

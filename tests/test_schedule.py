@@ -1,8 +1,18 @@
 "Promise 2, the paper's formulas, and the proportions of parameter groups"
-import numpy as np, pytest
-from fastai.callback.schedule import SchedCos, SchedExp, SchedLin
+import inspect
+from fractions import Fraction
+
+import matplotlib.pyplot as plt, numpy as np, pytest, torch
+from common import Spy, fit, learner, two_groups
+from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler, SchedCos, SchedExp, SchedLin, combined_cos
 from hypothesis import given, settings, strategies as st
-from fastswa.schedule import (draw_sched, group_lrs, plot_swa_sched, sched_authors, swa_cycles, swa_lrs)
+from fastswa.schedule import draw_sched, fit_positions, group_lrs, plot_swa_sched, sched_authors, swa_cycles, swa_lrs
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close('all')
 
 starts = st.one_of(st.floats(0,.95), st.integers(0,5))
 lens   = st.one_of(st.none(), st.floats(.01,3))
@@ -107,3 +117,67 @@ def test_picture_shows_what_is_computed():
     assert ax.get_xlabel()=='epoch' and ax.get_ylabel()=='learning rate'
     ax = draw_sched(lrs[:45], cyc)                               # a fit that was stopped early
     np.testing.assert_allclose(ax.lines[1].get_xdata(), [4])
+
+# Numbers of other types
+
+@pytest.mark.parametrize('kind', [Fraction, np.array, np.float64, torch.tensor], ids=['Fraction', 'array', 'float64', 'tensor'])
+def test_any_number_counts_as_its_float(kind):
+    assert swa_cycles(10, 100, kind(.75), kind(.5))==swa_cycles(10, 100, .75, .5)
+    assert all(type(o) is int for o in swa_cycles(10, 100, kind(.75), kind(.5)).ends)
+    rate = kind(.25)
+    for lr,plain in (rate,.25),([rate]*3,[.25]*3),(slice(rate, kind(.5)),slice(.25,.5)),(slice(rate),slice(.25)):
+        got = group_lrs(lr, [rate,.5,1])
+        assert got.dtype==float and got.tolist()==group_lrs(plain, [.25,.5,1]).tolist()
+    kw = dict(lr=.5, swa_lr=.125, swa_lr_max=.25, start=.5, cycle_len=1.5)
+    lrs,cyc = swa_lrs(6, 10, **{k:kind(v) for k,v in kw.items()})
+    want,cycles = swa_lrs(6, 10, **kw)
+    assert lrs.dtype==float and lrs.tolist()==want.tolist() and cyc==cycles
+
+@pytest.mark.parametrize('kind', [np.array, np.int64, torch.tensor], ids=['array', 'int64', 'tensor'])
+def test_any_whole_number_is_a_number_of_epochs(kind):
+    assert swa_cycles(10, 100, kind(5), kind(2))==swa_cycles(10, 100, 5, 2)
+    with pytest.raises(ValueError, match='cannot be negative'): swa_cycles(10, 100, kind(-1))
+
+@pytest.mark.parametrize('start', [np.ones(2), torch.ones(1), np.array('a'), np.array(True), None], ids=repr)
+def test_not_a_number(start):
+    with pytest.raises(TypeError, match='start must be'): swa_cycles(4, 10, start)
+    with pytest.raises(TypeError, match='swa_lr must be'): group_lrs([start]*3, [.1]*3)
+
+def test_a_whole_learning_rate_is_not_rounded():
+    lrs,_ = swa_lrs(4, 2, lr=1)
+    assert lrs.tolist()==[1]*6+[.5]*2
+
+# Positions in a fit
+
+@pytest.mark.parametrize('n_epoch,bs', [(3,15), (7,18), (1,23), (6,100)])
+def test_positions_are_fastais_to_the_bit(n_epoch, bs):
+    seen,spy = [],Spy()
+    class Position(Callback):
+        order,run_valid = ParamScheduler.order+1,False
+        def before_batch(self): seen.append(self.pct_train)
+    learn = learner(bs=bs, splitter=two_groups)
+    fit(learn, n_epoch, slice(.01,.1), method='fit_one_cycle', cbs=[Position(), spy])
+    n_iter = len(learn.dls.train)
+    pos = fit_positions(n_epoch, n_iter)
+    assert pos==seen
+    sched = combined_cos(.25, np.array([.01,.1])/25, np.array([.01,.1]), np.array([.01,.1])/1e5)
+    assert [sched(p).tolist() for p in pos]==spy.lrs
+    for upto in 0,1,n_iter,n_iter+1,n_epoch*n_iter,n_epoch*n_iter+5: assert fit_positions(n_epoch, n_iter, upto)==pos[:upto]
+    assert fit_positions(0, n_iter)==fit_positions(n_epoch, 0)==[]
+
+# What a person sees
+
+def test_a_picture_of_nothing_says_so():
+    ax = plot_swa_sched(10, lr=.1, start=20)
+    assert ax.get_title()=='Nothing would be averaged: start=20 leaves none of 10 epochs'
+    assert len(ax.lines[1].get_xdata())==0 and ax.get_legend() is None
+    fig = ax.figure
+    fig.canvas.draw()
+    box = ax.title.get_window_extent()
+    assert 0<=box.x0 and box.x1<=fig.bbox.x1
+    assert plot_swa_sched(10, lr=.1, start=9).get_title()==''
+
+def test_parameters_of_the_picture_are_those_of_the_schedule():
+    shown,wanted = (inspect.signature(o).parameters for o in (plot_swa_sched, swa_lrs))
+    assert {k:o.default for k,o in shown.items()}=={**{k:o.default for k,o in wanted.items()}, 'ax':None}
+    with pytest.raises(TypeError, match='strat'): plot_swa_sched(10, strat=2)
