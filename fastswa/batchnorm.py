@@ -6,16 +6,16 @@
 __all__ = ['update_bn']
 
 # %% ../nbs/20_batchnorm.ipynb #5bbdd8c3
-import inspect, random, sys, time, warnings
+import inspect, random, sys, time
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from numbers import Integral
 
 import numpy as np
 import torch
 from torch import distributed as dist, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
@@ -26,9 +26,12 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import ModelResetter
 from fastai.callback.training import set_bn_eval, BnFreeze
+from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader as FastaiDataLoader
 from fastai.learner import Learner
 from fastai.torch_core import to_device
+
+from .utils import get_modes, is_int, plain_number, set_modes, uninterrupted, warn_user
 
 # %% ../nbs/20_batchnorm.ipynb #e845f68e
 def merge_moments(
@@ -73,8 +76,14 @@ def layer_names(model, layers):
 
 def _check_scripted(model):
     hidden = [m.original_name for m in model.modules() if isinstance(m, torch.jit.ScriptModule) and 'BatchNorm' in m.original_name]
-    if hidden: warnings.warn(f'{len(hidden)} BatchNorm layers are inside a TorchScript module, where no refresh can reach them: their '
-                             'statistics stay those of the last weights. Average the model before scripting it.')
+    if hidden: warn_user(f'{len(hidden)} BatchNorm layers are inside a TorchScript module, where no refresh can reach them: their '
+                         'statistics stay those of the last weights. Average the model before scripting it.')
+
+def _check_lazy(model, layers):
+    lazy = [m for m in layers if is_lazy(m.running_mean)]
+    if not lazy: return
+    name = next((k for k,m in innermost(model).named_modules() if m is lazy[0]), '?')
+    raise ValueError(f'{name}.running_mean has no values yet (a lazy module): run one batch through the model before its statistics are measured'.lstrip('.'))
 
 # %% ../nbs/20_batchnorm.ipynb #72c8e1aa
 class BNStats:
@@ -90,30 +99,41 @@ class BNStats:
 
     @torch.no_grad()
     def install(self):
-        "Write the statistics into the layers, in place"
-        for m,mean,var in zip(self.layers,self.means,self.vars): m.running_mean.copy_(mean); m.running_var.copy_(var)
+        "Write the statistics into the layers, in place: all of them or none. Raises ValueError for statistics of other sizes"
+        for m,mean,var in zip(self.layers, self.means, self.vars, strict=True):
+            if not mean.shape==var.shape==m.running_mean.shape:
+                raise ValueError(f'statistics of {tuple(mean.shape)} channels for a layer of {tuple(m.running_mean.shape)}: these belong to another model')
+        with uninterrupted():
+            for m,mean,var in zip(self.layers, self.means, self.vars):
+                m.running_mean.copy_(mean)
+                m.running_var.copy_(var)
 
     @contextmanager
     def lent(self):
         "The layers have these statistics inside a `with` block, and their own after it"
-        own = BNStats(self.layers)
-        try: self.install(); yield self
-        finally: own.install()
+        with uninterrupted(patience=1):
+            own = BNStats(self.layers)
+            try:
+                self.install()
+                yield self
+            finally: own.install()
 
 # %% ../nbs/20_batchnorm.ipynb #7ad984ac
+_no_batch = 'the DataLoader gave no batch (fewer items than a batch, and drop_last?)'
+
 class _LastLayerSeen(CancelBatchException): "The rest of this forward pass is of no use"
 
 class _Measure:
     "Collects the population statistics of the inputs of `layers` over forward passes within `listening`"
     def __init__(self, layers):
-        self.layers,self.sizes = layers,[m.num_features for m in layers]
+        self.layers,self.sizes = layers,[m.running_mean.numel() for m in layers]      # a lazy layer with loaded statistics has num_features 0
         dev = layers[0].running_mean.device
         self.dev = torch.device('cpu') if dev.type=='mps' else dev           # mps has no float64
         self.at = np.cumsum([0,*self.sizes])
         self.mean,self.m2 = (torch.zeros(sum(self.sizes), dtype=torch.float64, device=self.dev) for _ in range(2))
         self.n = torch.zeros(len(layers), dtype=torch.float64)               # elements per channel so far, by layer
         self.now = {}                                                        # the same for the batch at hand
-        self.reused,self.batches,self.may_stop = False,0,True
+        self.reused,self.batches,self.may_stop,self.cut = False,0,True,''                # cut: what ended the pass before its time
         self.synced = {k:m.process_group for k,m in enumerate(layers) if isinstance(m, nn.SyncBatchNorm)} if n_processes()>1 else {}
 
     def _add(self, ks):
@@ -156,7 +176,7 @@ class _Measure:
     def _before(self, k, m, args, kwargs):
         x = args[0] if args else kwargs['input']
         if k in self.now: self.reused = True; self._add([k])      # used before in this same forward pass
-        n = x.numel()//x.shape[1] if x.shape[1] else 0
+        n = x.numel()//self.sizes[k] if self.sizes[k] else 0      # fastai's BatchNorm1dFlat has its channels last
         if n<2 and k not in self.synced: self._add_one_value(k, x); self.odd.add(k)
         else: self.now[k] = n
 
@@ -178,23 +198,20 @@ class _Measure:
     @contextmanager
     def listening(self, model):
         "Layers measure and all other modules of `model` are in evaluation mode inside; everything as before afterwards"
-        self.start,self.odd,self.all_used = BNStats(self.layers),set(),False
-        modes = [(m,m.training) for m in model.modules()]
-        kept = [(m,m.momentum,None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in self.layers]
-        try:
-            with ExitStack() as hooks, torch.no_grad():
-                for k,m in enumerate(self.layers):
-                    for h in (m.register_forward_pre_hook(lambda *a,k=k: self._before(k,*a), with_kwargs=True),
-                              m.register_forward_hook(lambda *a,k=k: self._after(k,*a))): hooks.callback(h.remove)
-                    m.momentum = 1.
-                self.arm(model)
-                yield self
-        finally:
-            for m,mode in modes: m.training = mode
-            for m,mom,tracked in kept:
-                m.momentum = mom
-                if tracked is not None: m.num_batches_tracked.copy_(tracked)
-            self.start.install()
+        with uninterrupted(patience=1), buffers_kept(model):
+            self.start,self.odd,self.all_used = BNStats(self.layers),set(),False
+            modes,momenta = get_modes(model),[m.momentum for m in self.layers]
+            try:
+                with ExitStack() as hooks, torch.no_grad():
+                    for k,m in enumerate(self.layers):
+                        for h in (m.register_forward_pre_hook(lambda *a,k=k: self._before(k,*a), with_kwargs=True),
+                                  m.register_forward_hook(lambda *a,k=k: self._after(k,*a))): hooks.callback(h.remove)
+                        m.momentum = 1.
+                    self.arm(model)
+                    yield self
+            finally:
+                for m,mom in zip(self.layers, momenta): m.momentum = mom
+                set_modes(modes)
 
     def arm(self, model):
         model.eval()
@@ -203,7 +220,7 @@ class _Measure:
     def result(self, model)->BNStats:
         "What was measured; layers that saw no data or gave no finite numbers keep what they had, and a warning says so"
         names = {m:k for k,m in innermost(model).named_modules()}
-        unseen = [names.get(m,'?') for k,m in enumerate(self.layers) if self.n[k]==0 and m.num_features]      # fastai's TabularModel has a layer for no columns
+        unseen = [names.get(m,'?') for k,m in enumerate(self.layers) if self.n[k]==0 and self.sizes[k]]      # fastai's TabularModel has a layer for no columns
         means,vars,bad = [],[],[]
         for k,m in enumerate(self.layers):
             sl = slice(self.at[k], self.at[k+1])
@@ -212,9 +229,9 @@ class _Measure:
             if self.n[k]>0 and not ok: bad.append(names.get(m,'?'))
             means.append(mean.to(m.running_mean) if ok else self.start.means[k])
             vars .append(var .to(m.running_var)  if ok else self.start.vars[k])
-        if self.batches==0: warnings.warn('the DataLoader gave no batch (fewer items than a batch, and drop_last?): BatchNorm statistics are left as they were')
-        elif unseen: warnings.warn(f'{len(unseen)} BatchNorm layers saw no data in the refresh and keep the statistics they had: {", ".join(unseen[:3])}')
-        if bad: warnings.warn(f'the inputs of {len(bad)} BatchNorm layers were not finite, they keep the statistics they had: {", ".join(bad[:3])}')
+        if self.batches==0: warn_user(f"{self.cut or _no_batch}: BatchNorm statistics are left as they were")
+        elif unseen: warn_user(f'{len(unseen)} BatchNorm layers saw no data in the refresh and keep the statistics they had: {", ".join(unseen[:3])}')
+        if bad: warn_user(f'the inputs of {len(bad)} BatchNorm layers were not finite, they keep the statistics they had: {", ".join(bad[:3])}')
         return BNStats(self.layers, means, vars)
 
 # %% ../nbs/20_batchnorm.ipynb #b7ef7556
@@ -225,43 +242,81 @@ def _stateful(dl):
         elif isinstance(dl, torch.utils.data.DataLoader): yield from (dl, dl.sampler, dl.batch_sampler, getattr(dl.batch_sampler,'sampler',None))
         dl = vars(dl).get('dl') if hasattr(dl,'__dict__') else None    # a distributed loader wraps another
 
+_made_of = 'dataset datasets tls tfms fs transform transforms target_transform after_item before_batch after_batch'.split()
+
+def _parts(o, seen):
+    "`o` and all that it is made of and that may keep a random stream: data sets in data sets, transforms in pipelines"
+    if type(o) in (list,tuple,L):
+        for x in o: yield from _parts(x, seen)
+    elif hasattr(o,'__dict__') and id(o) not in seen:
+        seen.add(id(o))
+        yield o
+        for k in _made_of:
+            if k in vars(o) and not (k=='dataset' and type(vars(o)[k]) in (list,tuple,L)): yield from _parts(vars(o)[k], seen)     # such a list holds items
+
 _streams = {random.Random: ('getstate','setstate'), torch.Generator: ('get_state','set_state'), np.random.RandomState: ('get_state','set_state')}
 
-def _snapshot(o):
-    "A function that puts the loader or sampler `o` back to what it is now"
-    attrs = dict(vars(o))
-    undo = []
-    for v in attrs.values():
-        for cls,(get,put) in _streams.items():
-            if isinstance(v, cls): undo.append((getattr(v,put), getattr(v,get)()))
-        if isinstance(v, np.random.Generator): undo.append((partial(setattr, v.bit_generator, 'state'), v.bit_generator.state))
-        if isinstance(v, ReindexCollection): undo.append((partial(_put_back, v.idxs), list(v.idxs)))    # shuffled in place by a language model's loader
-    def restore():
-        vars(o).clear(); vars(o).update(attrs)
-        for f,arg in undo: f(arg)
-    return restore
+def _undo(v):
+    "Function and argument that put `v` back to what it is now; None for what is no random stream"
+    if isinstance(v, random.SystemRandom): return None                                                    # has no state
+    if isinstance(v, np.random.Generator): return partial(setattr, v.bit_generator, 'state'),v.bit_generator.state
+    if isinstance(v, ReindexCollection): return partial(_put_back, v.idxs),list(v.idxs)                   # shuffled in place by a language model's loader
+    return next(((getattr(v,put),getattr(v,get)()) for cls,(get,put) in _streams.items() if isinstance(v, cls)), None)
 
 def _put_back(xs, old):
     for i,x in enumerate(old): xs[i] = x
+
+def _set_attrs(o, attrs):
+    vars(o).clear()
+    vars(o).update(attrs)
 
 @contextmanager
 def rng_kept(
     *dls, # DataLoaders (fastai's or torch's) whose own random state is to be kept too
     busy:bool=False, # Whether they may be in the middle of an iteration
 ):
-    "Python's, numpy's and torch's random streams, and those of the loaders, are after the block what they were before it"
-    py,npy = random.getstate(),np.random.get_state()
-    own = {id(o):o for dl in dls for o in _stateful(dl) if hasattr(o,'__dict__')}.values()
-    restore = [_snapshot(o) for o in own]
-    if busy:
-        for o in own:       # persistent workers serve one iteration: another one would end it
-            if getattr(o,'_iterator',None) is not None: o._iterator = None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices): yield
+    """Python's, numpy's and torch's random streams, and those of the loaders, their data sets and transforms, are after the block what they were before it
+
+    What cannot be kept: state within persistent workers, in files and in C libraries, what a data set counts or caches, the place of an iterable data set."""
+    with uninterrupted(patience=1):
+        py,npy = random.getstate(),np.random.get_state()
+        own,seen = {id(o):o for dl in dls for o in _stateful(dl) if hasattr(o,'__dict__')}.values(),set()
+        attrs = [(o,dict(vars(o))) for o in own]
+        undo = [u for o in own for part in _parts(o, seen) for u in map(_undo, vars(part).values()) if u is not None]
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+        try:
+            if busy:
+                for o in own:       # persistent workers serve one iteration: another one would end it
+                    if getattr(o,'_iterator',None) is not None: o._iterator = None
+            with torch.random.fork_rng(devices): yield
+        finally:
+            random.setstate(py)
+            np.random.set_state(npy)
+            for o,was in attrs: _set_attrs(o, was)
+            for f,was in undo: f(was)
+
+# %% ../nbs/20_batchnorm.ipynb #2fab07b0
+def _shares(b):
+    "Whether elements of `b` share their memory: nobody can write into such a tensor"
+    return b.layout is torch.strided and any(st==0 and n>1 for st,n in zip(b.stride(), b.shape))
+
+@contextmanager
+def buffers_kept(
+    model:nn.Module, # Any model
+):
+    "The buffers of `model` are after the block what they were before it, their values and which tensors they are"
+    own = [(m._buffers,dict(m._buffers)) for m in model.modules() if m._buffers]
+    kept = {id(b):(b,b.detach().clone()) for _,bs in own for b in bs.values() if b is not None and not is_lazy(b) and not _shares(b)}
+    try: yield
     finally:
-        random.setstate(py); np.random.set_state(npy)
-        for f in restore: f()
+        with torch.no_grad():
+            for b,was in kept.values():
+                if b.shape==was.shape: b.copy_(was)
+                else: b.data = was                              # an observer of histograms grows
+            for now,was in own:
+                if isinstance(now, dict):                       # a TorchScript module has something else, and always the same tensors
+                    now.clear()
+                    now.update(was)
 
 # %% ../nbs/20_batchnorm.ipynb #7c6fe7e3
 def n_processes()->int:
@@ -347,13 +402,17 @@ class _Bar:
     def update(self, i):
         spent = time.time()-self.t0
         if self.show and self.bar is None and spent>1 and spent/i*self.total>4:
+            self.before = getattr(self.parent, 'child', None)
             self.bar = progress_bar(range(self.total), parent=self.parent, leave=False)
             self.bar.comment = self.comment
             self.bar.update(0)
             self.bar.start_t = self.t0
         if self.bar is not None: self.bar.update(i)
     def close(self):
-        if self.bar is not None: self.bar.on_iter_end()
+        if self.bar is None: return
+        self.bar.on_iter_end()
+        if self.before is not None: self.parent.add_child(self.before)
+        self.bar = None
 
 # %% ../nbs/20_batchnorm.ipynb #aeaea751
 def _call(model, b):
@@ -377,14 +436,25 @@ def _length(dl):
     except TypeError: return None
 
 def _n_batches(n, name='n_batches', what='batches', none=True):
-    is_int = isinstance(n, Integral) and not isinstance(n, bool)
-    if not (n is None and none) and not (is_int and n>0):
-        raise (ValueError if is_int else TypeError)(f'{name}={n!r}: give a positive number of {what}'+', or None for all of them'*none)
+    "`n` as Python's own number. Raises TypeError or ValueError for what is no number of batches"
+    if not (n is None and none) and not (is_int(n) and n>0):
+        raise (ValueError if is_int(n) else TypeError)(f'{name}={n!r}: give a positive number of {what}'+', or None for all of them'*none)
+    return plain_number(n)
+
+def _check_dl(dl, call):
+    if isinstance(dl, DataLoaders): raise TypeError(f'{call.format("dls")}: DataLoaders were given, one for training and one for validation, and one is needed: type {call.format("dls.train")}')
+    if not (hasattr(dl,'__iter__') or hasattr(dl,'__getitem__')): raise TypeError(f'{call.format("dl")} needs the DataLoader of the training data, not {type(dl).__name__}')
+
+def _check_update_bn(model, dl):
+    if isinstance(model, Learner):
+        raise TypeError(f'update_bn(model, dl) is for torch models, and a Learner was given: type learn.update_bn({"" if dl is None else "dl=dl"})')
+    if not isinstance(model, nn.Module): raise TypeError(f'update_bn(model, dl) needs a torch model first, not {type(model).__name__}')
+    _check_dl(dl, 'update_bn(model, {})')
 
 # %% ../nbs/20_batchnorm.ipynb #ef66efcf
 def update_bn(
     model:nn.Module, # Any model; its BatchNorm layers in training mode are measured (all of them if the model is in evaluation mode)
-    dl, # Yields batches of training data: tensors, tuples (the last element is the target), dicts
+    dl=None, # Yields batches of training data: tensors, tuples (the last element is the target), dicts
     n_batches:int=None, # Batches to use, 1 or more; None: all
     call=None, # Function of (model, batch) that runs the model; None: see above
     pbar:bool=True, # Show a progress bar if it takes more than a few seconds
@@ -393,26 +463,28 @@ def update_bn(
     """Give the BatchNorm layers of `model` the mean and variance of their inputs over the data in `dl`.
 
     The first layer's are those of the population exactly, whatever the batches; deeper layers see activations normalised by batch
-    statistics and depend on the batch size a little. Dropout is off. Modes, momentum, counters and random streams are left as found,
-    also when an error ends the pass: then the statistics are the old ones too. A model without BatchNorm costs nothing.
+    statistics and depend on the batch size a little. Dropout is off. Modes, momentum, other buffers and random streams are left as found (but see `rng_kept`),
+    also when an error ends the pass: then the statistics are the old ones too. Ctrl-C ends it after the batch at hand. A model without BatchNorm costs nothing.
     With `sync` each of several processes measures its part of the data, `n_batches` of it, and all end with the statistics of the whole: all
     have to call this, or those that do will wait. What torch's and accelerate's samplers repeat, so that all have as many items, counts twice.
-    Raises TypeError or ValueError for a wrong `n_batches`, RuntimeError if another process failed; warns of an empty loader, of layers that saw
-    no data or no finite numbers, of layers in TorchScript modules, and of a distributed model that is measured by this process alone.
+    Raises TypeError or ValueError for wrong arguments and for a lazy layer that has seen no batch yet, RuntimeError if another process failed; warns of an
+    empty loader, of layers that saw no data or no finite numbers, of layers in TorchScript modules, and of a distributed model that is measured by this process alone.
     Source: Izmailov et al. 2018, section 3.2."""
-    _n_batches(n_batches)
+    _check_update_bn(model, dl)
+    n_batches = _n_batches(n_batches)
     _check_scripted(model)
     layers = bn_layers(model)
     if not layers: return model
+    _check_lazy(model, layers)
     inner,dev = innermost(model),layers[0].running_mean.device
     total = min(o for o in (_length(dl), n_batches, 2**62) if o is not None)
     shared = n_processes()>1 and (gives_parts(dl) if sync is None else sync)
     if is_ddp(model) and not shared and sync is None:
-        warnings.warn('the model is distributed, and as far as can be seen this loader gives every process the same data: the statistics will be those of this process. '
-                      'If each has its part of the data, call update_bn(..., sync=True) in all of them; sync=False does without this warning')
+        warn_user('the model is distributed, and as far as can be seen this loader gives every process the same data: the statistics will be those of this process. '
+                  'If each has its part of the data, call update_bn(..., sync=True) in all of them; sync=False does without this warning')
     def run(meet):
         measure,bar = _Measure(layers),_Bar(total, pbar and total<2**62 and not (shared and dist.get_rank()))     # no bar for a loader that has no end in sight
-        with rng_kept(dl), measure.listening(inner), _force_eager(model):
+        with uninterrupted(patience=1) as check, rng_kept(dl), measure.listening(inner), _force_eager(model):
             if shared and not measure.synced: _leave_out_repeats(dl)
             meet()
             try:
@@ -421,6 +493,7 @@ def update_bn(
                     except _LastLayerSeen: pass
                     measure.batch_done()
                     bar.update(i+1)
+                    check()
                     if i+1==n_batches: break
             finally: bar.close()
         return measure
@@ -451,78 +524,199 @@ def _going_on(learn):
     while f is not None and not (f.f_code is Learner._with_events.__code__ and f.f_locals.get('self') is learn): f = f.f_back
     return f is not None
 
+class _BatchEnd(Callback):
+    "Moves the bar, and is where Ctrl-C is obeyed"
+    order = 1000
+    def __init__(self, bar, check): self.bar,self.check,self.i = bar,check,0
+    def after_batch(self):
+        self.i += 1
+        if self.bar is not None: self.bar.update(self.i)
+        self.check()
+
+class _LeaveAutocast(Callback):
+    "An autocast that `MixedPrecision` has entered is left also where an error or a cancel ends the batch"
+    order = MixedPrecision.order+.5
+    def __init__(self, cbs): self.inside,self.mixed = False,[cb for cb in cbs if isinstance(cb, MixedPrecision)]
+    def before_batch(self): self.inside = True
+    def after_loss(self): self.inside = False
+    def after_cancel_batch(self): self.leave()
+    def leave(self):
+        if not self.inside: return
+        self.inside = False
+        for cb in self.mixed: cb.after_loss()
+
+def _tell(learn, event):
+    "All callbacks hear of `event`: one that cancels a fit or a validation does not mean a side pass, and those after it have things to prepare"
+    for cb in learn.cbs.sorted('order'):
+        try: cb(event)
+        except _cancels: pass
+
 @contextmanager
 def side_pass(
     learn:Learner, # The learner, perhaps in the middle of a fit
     dl, # The DataLoader that will be used
     cbs=(), # Callbacks to run beside those that shape the forward pass
+    bar=None, # Progress bar (`side_bar`) that goes on with each batch and is closed in the end; None: no bar
 ):
-    "Run batches through the machinery of `learn` inside the block, and find the learner, its model's modes and all random streams unchanged after it"
-    kept = forward_cbs(learn.cbs)
-    saved,modes = dict(vars(learn)),[(m,m.training) for m in learn.model.modules()]
-    outside = not ('_aside' in vars(learn) or _going_on(learn))       # no fit, validation or other side pass is going on: callbacks are not set up
-    try:
-        with rng_kept(dl, *learn.dls.loaders, busy=learn.training), _force_eager(learn.model):
-            learn.cbs = L(*kept, *cbs)
-            for cb in cbs: cb.learn = learn
-            learn.training,learn.dl,learn._aside = False,dl,True
-            if outside:
-                learn.epoch,learn.n_epoch = 0,1
-                learn('before_fit')
-            try: yield learn
-            finally:
-                if outside: learn('after_fit')
-    finally:
-        for cb in cbs: cb.learn = None
-        vars(learn).clear(); vars(learn).update(saved)
-        for m,mode in modes: m.training = mode
+    """Run batches through the machinery of `learn` inside the block (see `run_pass`), and find the learner, its model's modes and buffers and all
+    random streams unchanged after it. Ctrl-C waits for the end of a batch, or of the block; a second one doesn't."""
+    with uninterrupted(patience=1) as check:
+        kept = forward_cbs(learn.cbs)
+        autocast = _LeaveAutocast(kept)
+        cbs = [*cbs, autocast, _BatchEnd(bar, check)]
+        saved,modes = dict(vars(learn)),get_modes(learn.model)
+        outside = not ('_aside' in vars(learn) or _going_on(learn))       # no fit, validation or other side pass is going on: callbacks are not set up
+        try:
+            with rng_kept(dl, *learn.dls.loaders, busy=learn.training), buffers_kept(learn.model), _force_eager(learn.model):
+                learn.cbs = L(*kept, *cbs)
+                for cb in cbs: cb.learn = learn
+                learn.training,learn.dl,learn._aside = False,dl,True
+                if outside:
+                    learn.epoch,learn.n_epoch = 0,1
+                    _tell(learn, 'before_fit')
+                try: yield learn
+                finally:
+                    autocast.leave()
+                    if outside: _tell(learn, 'after_fit')
+        finally:
+            if bar is not None: bar.close()
+            for cb in cbs: cb.learn = None
+            _set_attrs(learn, saved)
+            set_modes(modes)
+
+@torch.no_grad()
+def run_pass(
+    learn:Learner, # A learner within `side_pass`
+): # The exception with which a callback ended the pass before its last batch; None if none did
+    """The events of a validation, with the batches of `learn.dl`.
+
+    A callback that cancels in `before_validate` does not mean this pass, and all others hear of that event and of `after_validate` nevertheless.
+    One that cancels more than a batch while the batches run ends the pass, as it would end a validation."""
+    cut = None
+    _tell(learn, 'before_validate')
+    try: learn.all_batches()
+    except _cancels as e: cut = e
+    if isinstance(cut, CancelValidException): _tell(learn, 'after_cancel_validate')
+    _tell(learn, 'after_validate')
+    return cut
+
+def side_bar(
+    learn:Learner, # The learner, perhaps in the middle of a fit
+    total:int, # Batches to come
+    comment='BatchNorm statistics', # What takes so long
+)->_Bar: # The bar for a side pass
+    "A bar that appears once the work proves to be long, beneath the bar of the epochs; never where `learn` shows none"
+    progress = getattr(learn, 'progress', None) if learn.create_mbar else None
+    return _Bar(total, progress is not None, getattr(progress, 'mbar', None), comment)
 
 # %% ../nbs/20_batchnorm.ipynb #2f3a5533
 class _Pump(Callback):
     "Drives a `_Measure` with the batches of a side pass"
     order = 100
-    def __init__(self, n_batches, bar, kept, shared, meet): self.n_batches,self.bar,self.kept,self.shared,self.meet,self.i = n_batches,bar,kept,shared,meet,0
+    def __init__(self, n_batches, shared, meet): self.n_batches,self.shared,self.meet,self.i = n_batches,shared,meet,0
     def before_validate(self):
         self.learn.model = innermost(self.learn.model)          # no process waits for another, no replica measures what nobody will see
         if self.shared and not self.measure.synced: _leave_out_repeats(self.learn.dl)
         self.measure.arm(self.learn.model)
         self.meet()
-    def after_cancel_batch(self):
-        for cb in self.kept:
-            if isinstance(cb, MixedPrecision): cb.after_loss()    # leaves the autocast that before_batch entered
     def after_batch(self):
         self.measure.batch_done()
         self.i += 1
-        self.bar.update(self.i)
         if self.i==self.n_batches: raise CancelValidException()
+
+def _shared(learn, dl):
+    "Whether all processes measure together, each its part of the data"
+    return n_processes()>1 and (is_ddp(learn.model) or any(map(_is_distributed, forward_cbs(learn.cbs))) or gives_parts(dl))
+
+def _of_fastai(cb): return type(cb).__module__.startswith('fastai.') and type(cb) is not Callback
+
+def _why_cut(cut, cbs):
+    "What to say of a pass that a callback has ended"
+    who = ' or '.join(type(cb).__name__ for cb in cbs if not _of_fastai(cb)) or 'a callback'
+    return '' if cut is None else f'{who} raised {type(cut).__name__} before the end of the first batch'
 
 def learner_stats(
     learn:Learner, # The learner, perhaps in the middle of a fit
     layers:list, # BatchNorm layers to measure
-    n_batches:int=None, # Batches to use; None: all
+    n_batches:int=None, # Batches to use, of the size that `dl` has; None: all
     dl=None, # DataLoader; None: the training one
+    bs:int=None, # Take the same data in batches of so many items; None: as `dl` gives them
 )->BNStats: # Statistics of the weights the model has now; None if there is nothing to measure
-    "Population statistics over the training data as training sees it; nothing is changed, nothing installed"
+    """Population statistics over the training data as training sees it; nothing is changed, nothing installed.
+
+    Raises TypeError for a `bs` that `dl` cannot have, ValueError for a lazy layer that has seen no batch yet."""
     _check_scripted(learn.model)
     if not layers: return None
+    _check_lazy(learn.model, layers)
     dl = learn.dls.train if dl is None else dl
-    progress = getattr(learn, 'progress', None) if learn.create_mbar else None
-    bar = _Bar(min(len(dl), n_batches or len(dl)), progress is not None, getattr(progress, 'mbar', None))
-    kept = forward_cbs(learn.cbs)
-    shared = n_processes()>1 and (is_ddp(learn.model) or any(map(_is_distributed, kept)) or gives_parts(dl))
+    total = min(len(dl), n_batches or len(dl))
+    if bs is not None:
+        total = -(-total*_batch_size(dl)//bs)
+        n_batches = None if n_batches is None else total
+    bar,kept,shared = side_bar(learn, total),forward_cbs(learn.cbs),_shared(learn, dl)
     names = layer_names(learn.model, layers)
     def run(meet):
-        pump = _Pump(n_batches, bar, kept, shared, meet)
-        with side_pass(learn, dl, [pump]):
+        pump = _Pump(n_batches, shared, meet)
+        with side_pass(learn, dl, [pump], bar):
+            if bs is not None: _rebatch(dl, bs)
             wrapped,model = learn.model,innermost(learn.model)
             pump.measure = measure = _Measure([model.get_submodule(k) for k in names])      # a distributed trainer may just have made SyncBatchNorm of the layers
-            measure.may_stop = all(type(cb).__module__.startswith('fastai.') and type(cb) is not Callback for cb in kept)   # others may count on after_loss
+            measure.may_stop = all(map(_of_fastai, kept))                                   # others may count on after_loss
             with measure.listening(model):
-                try: learn._with_events(learn.all_batches, 'validate', CancelValidException)
-                except _cancels: pass
-                finally: learn.model = wrapped; bar.close()
+                try: measure.cut = _why_cut(run_pass(learn), kept)
+                finally: learn.model = wrapped
         return measure
     return measured_by_all(run, shared, layers[0].running_mean.device).result(learn.model)
+
+# %% ../nbs/20_batchnorm.ipynb #cc374e6e
+_OutOfMemory = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)
+_no_memory = 'out of memory', "can't allocate memory", 'not enough memory', 'alloc_failed', 'outofmemoryerror'
+
+def is_out_of_memory(
+    e:BaseException, # Any exception
+)->bool:
+    "Whether `e` says that a device or the computer has no memory left, in this process or another (`FailedElsewhere`)"
+    return isinstance(e, (_OutOfMemory,MemoryError)) or (isinstance(e, RuntimeError) and any(o in str(e).lower() for o in _no_memory))
+
+def _batch_size(dl):
+    "Items in a batch of `dl`. Raises TypeError if they cannot be fewer"
+    if not isinstance(dl, FastaiDataLoader) or dl.bs is None or is_a(dl, 'LMDataLoader'):
+        raise TypeError(f'a {type(dl).__name__} gives batches of one size only: give dl= a loader with smaller batches')
+    return dl.bs
+
+def _rebatch(dl, bs):
+    "Batches of `bs` items from `dl`, until `rng_kept` puts its attributes back"
+    for o in _stateful(dl):
+        if isinstance(o, FastaiDataLoader): o.bs = bs
+
+def stats_that_fit(
+    learn:Learner, # The learner, perhaps in the middle of a fit
+    layers:list, # BatchNorm layers to measure
+    n_batches:int=None, # Batches to use, of the size that `dl` has; None: all
+    dl=None, # DataLoader; None: the training one
+    least:int=4, # Items in the smallest batch to try
+)->BNStats: # Statistics of the weights the model has now; None if there is nothing to measure
+    """`learner_stats`, with smaller batches if the memory does not suffice, and one warning then.
+
+    Raises torch.OutOfMemoryError if it does not suffice for the smallest either."""
+    dl,bs = learn.dls.train if dl is None else dl,None
+    shared = bool(layers) and _shared(learn, dl)
+    while True:
+        try:
+            res = learner_stats(learn, layers, n_batches, dl, bs)
+            break
+        except Exception as e:
+            again = is_out_of_memory(e)
+            if shared: again = all(meet(again, dev=layers[0].running_mean.device))       # an error in one process is one in all: they decide together
+            if not again: raise
+            try: tried = bs or _batch_size(dl)
+            except TypeError as why: raise _OutOfMemory(f'{e}. BatchNorm statistics: {why}') from e
+            bs = tried//2
+            if bs<least: raise _OutOfMemory(f'{e}. BatchNorm statistics could not be measured, not even with batches of {tried} items: free some memory, and call learn.update_bn()') from e
+        if torch.cuda.is_initialized(): torch.cuda.empty_cache()          # here the exception is gone, and with it the frames that held tensors
+    if bs is not None:
+        warn_user(f'out of memory with batches of {dl.bs} items: BatchNorm statistics were measured with batches of {bs}, those of the deeper layers may differ a little')
+    return res
 
 # %% ../nbs/20_batchnorm.ipynb #8bfd666a
 def trained_layers(
@@ -530,13 +724,13 @@ def trained_layers(
 )->list: # BatchNorm layers
     "The layers that `learn` trains: all but those that `BnFreeze` keeps frozen"
     model = innermost(learn.model)
-    modes = [(m,m.training) for m in model.modules()]
-    try:
-        model.train()
-        if any(isinstance(cb, BnFreeze) for cb in learn.cbs): set_bn_eval(model)
-        return bn_layers(model)
-    finally:
-        for m,mode in modes: m.training = mode
+    with uninterrupted():
+        modes = get_modes(model)
+        try:
+            model.train()
+            if any(isinstance(cb, BnFreeze) for cb in learn.cbs): set_bn_eval(model)
+            return bn_layers(model)
+        finally: set_modes(modes)
 
 # %% ../nbs/20_batchnorm.ipynb #2f375921
 @patch
@@ -546,8 +740,10 @@ def update_bn(self:Learner,
 ):
     """Give the BatchNorm layers of the model the statistics of the training data, as training sees it, for the weights they have now.
 
-    Layers that `BnFreeze` keeps frozen stay as they are; MixUp and CutMix do not enter; see `update_bn` for the rest.
-    Raises TypeError or ValueError for a wrong `n_batches`."""
-    _n_batches(n_batches)
-    stats = learner_stats(self, trained_layers(self), n_batches, dl)
+    Layers that `BnFreeze` keeps frozen stay as they are; MixUp and CutMix do not enter; if the memory does not suffice, smaller batches are
+    used and a warning says so; see `update_bn` for the rest. Raises TypeError or ValueError for wrong arguments and for a lazy layer that
+    has seen no batch yet, torch.OutOfMemoryError if the memory suffices for no batch."""
+    n_batches = _n_batches(n_batches)
+    if dl is not None: _check_dl(dl, 'learn.update_bn(dl={})')
+    stats = stats_that_fit(self, trained_layers(self), n_batches, dl)
     if stats is not None: stats.install()

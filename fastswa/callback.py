@@ -6,20 +6,20 @@
 __all__ = ['SWA']
 
 # %% ../nbs/30_callback.ipynb #e865350c
-import inspect, math, os, sys, warnings
+import inspect, io, math, os, sys, warnings
 from bisect import bisect_right
-from numbers import Real
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelValidException
+from fastai.data.load import DataLoader as FastaiDataLoader
 from fastai.callback.fp16 import ModelToHalf
 from fastai.callback.schedule import LRFinder, ParamScheduler, SchedLin
 from fastai.callback.tracker import ReduceLROnPlateau, SaveModelCallback, TrackerCallback
@@ -27,19 +27,21 @@ from fastai.learner import AvgLoss, Learner, SkipToEpoch, ValueMetric
 from fastai.torch_core import get_model, rank_distrib
 
 from .average import WeightAverage, all_finite, own_name, unwrap
-from .batchnorm import BNStats, _cancels, _is_distributed, _length, _n_batches, bn_layers, gives_parts, layer_names, learner_stats, n_processes, side_pass, trained_layers
-from .schedule import Cycles, _is_int, _check_cycles, _check_lr, cycle_lr, draw_sched, group_lrs, sched_authors, swa_cycles
-from .utils import uninterrupted
+from .batchnorm import BNStats, _Bar, _cancels, _is_distributed, _length, _n_batches, bn_layers, gives_parts, layer_names, learner_stats, n_processes, rng_kept, side_pass, trained_layers
+from .schedule import Cycles, _check_cycles, _check_lr, cycle_lr, draw_sched, fit_positions, group_lrs, sched_authors, swa_cycles
+from .utils import check_writable, is_int, is_num, plain_number, read_file, uninterrupted, warn_user, with_parameters, write_file
 
 # %% ../nbs/30_callback.ipynb #e02434dc
+def _times(cb, learn): return sum(o is cb for o in learn.cbs)
+
 class CycleCallback(Callback):
     "Goes through the iterations of a fit, sets the learning rate within its cycles, and takes the weights when one ends"
     order,run_valid,remove_on_fetch = 55,False,True
-    _stateattrs = ('_lrs','_tuning','_lead','collected')
+    _stateattrs = ('_lrs','_tuning','_frozen_call','_lead','collected')
     # What a fit sets has its default here: a missing attribute would be looked up in the learner and then in the model
-    _learn,_helpers,_armed,_active,_tuning,_lead = None,(),False,False,None,None
+    _learn,_helpers,_armed,_active,_tuning,_frozen_call,_lead = None,(),False,False,None,None,None
     _epoch,_done,_due,_cycles,start,_to_come = -1,0,math.inf,None,None,''
-    _peaks,_moms,_lrs,_skipped,_moved,_told = None,None,[],0,False,set()
+    _peaks,_moms,_lrs,_skipped,_moved,_told,_paused = None,None,[],0,False,set(),()
     collected = []   # iterations at which weights were taken (a fit makes its own list)
 
     __setattr__ = object.__setattr__   # `start` or `sched` as an attribute of somebody's model is no reason for a warning here
@@ -49,44 +51,57 @@ class CycleCallback(Callback):
     @learn.setter
     def learn(self, learn):
         old = self._learn
-        if learn is not None and old is learn: raise ValueError(f'this {type(self).__name__} is attached to the learner already: do not pass it to fit as well')
-        if learn is not None and old is not None: old.remove_cb(self)        # it moves from one learner to another
-        elif old is not None: old.remove_cbs(self._helpers)
+        if old is learn: return                                              # there twice: `before_fit` says so, as an error here would leave others behind
+        if learn is None and _times(self, old)>1: return                     # once less, but still there
         self._learn = learn
-        if learn is not None: learn.add_cbs(self._helpers)
+        if old is not None:
+            if learn is not None: old.remove_cb(self)                        # it moves from one learner to another
+            for cb in self._helpers:
+                while _times(cb, old): old.remove_cb(cb)                     # `removed_cbs` may have put one back that was there already
+        if learn is not None: learn.add_cbs([cb for cb in self._helpers if not _times(cb, learn)])
 
     def _once(self, key, msg):
         if key in self._told: return
         self._told.add(key)
-        warnings.warn_explicit(msg, UserWarning, 'fastswa/callback.py', 0, registry={})   # once in each fit: Python's own register would say once in each process
+        warn_user(msg)
 
     def _before_any(self, first): "Also before what is not a fit; `first`: whether this is the frozen part of a `fine_tune`"
     def _before_fit(self, first): "Before a fit, which may still turn out to be a `tta`"
     def _check_rates(self, n_groups): "ValueError for learning rates that do not suit so many parameter groups"
     def _resume_or_reset(self, model): "Go on with what was collected, or begin anew"
     def _begun(self): "The plan is made, training is about to begin"
+    def _finish(self): "The fit is over, and nothing of it is dismantled yet"
 
 # %% ../nbs/30_callback.ipynb #6a644750
 def _fine_tuning():
-    "The call of `fine_tune` that this fit is part of, or None"
+    "Which call of `fine_tune` this fit is part of, or None. A number: the call itself would keep the learner alive"
     code,f = inspect.unwrap(Learner.fine_tune).__code__,sys._getframe()
     while f is not None and f.f_code is not code: f = f.f_back
-    return f
+    return None if f is None else id(f)
 
 @patch
 def _first_of_fine_tune(self:CycleCallback):
     "Whether this is the first of the two fits of a `fine_tune`, the one with a frozen body. The second one counts"
-    f = _fine_tuning()
-    first = f is not None and f is not self._tuning
-    self._tuning = f if first else None
+    call = _fine_tuning()
+    first = call is not None and call!=self._tuning
+    self._frozen_call,self._tuning = (call if first else None),None
     return first
+
+@patch
+def _check_attached(self:CycleCallback):
+    "ValueError where the learner has this callback twice"
+    setattr(self.learn, self.name, self)      # whoever took it away when it was there twice took this name too
+    if _times(self, self.learn)>1:
+        raise ValueError(f'this {type(self).__name__} is attached to the learner already, or passed twice: do not pass it to fit as well')
 
 @patch
 def before_fit(self:CycleCallback):
     is_fit = not (self.learn.lock.locked() or self.learn._grab_cbs(LRFinder) or hasattr(self.learn, 'gather_preds'))
+    if is_fit: self._check_attached()
     first = is_fit and self._first_of_fine_tune()
     self._before_any(first)
     if self.learn.lock.locked(): return       # validate or get_preds, perhaps inside a fit: not ours
+    self._pause_trackers(False)
     self._armed,self._active,self._epoch,self._told,self._moved = False,False,-1,set(),False
     if not is_fit: return
     self._before_fit(first)
@@ -111,6 +126,7 @@ def _find_lead(self:CycleCallback):
 def before_epoch(self:CycleCallback):
     if not self._armed or self.learn.lock.locked(): return
     self._epoch += 1
+    self._pause_trackers(self._epoch<self._skip_to())
 
 @patch
 def before_train(self:CycleCallback):
@@ -120,11 +136,25 @@ def before_train(self:CycleCallback):
     self._look_ahead()
 
 @patch
+def _skip_to(self:CycleCallback):
+    "The epoch that this fit goes on from, its `start_epoch`"
+    return max([cb._skip_to for cb in self.learn._grab_cbs(SkipToEpoch)], default=0)
+
+@patch
+def _pause_trackers(self:CycleCallback, pause):
+    "An epoch that is skipped ends all the same: trackers would look for its values, and `SaveModelCallback` would write other weights into its file"
+    for cb in self._paused: cb.run = True
+    self._paused = [cb for cb in self.learn._grab_cbs(TrackerCallback) if cb.run] if pause else []
+    for cb in self._paused: cb.run = False
+
+@patch
 def _after_training(self:CycleCallback):
     "Order -60 of after_fit"
-    if self.learn.lock.locked() or not self._armed: return
-    skip_to = max([cb._skip_to for cb in self.learn._grab_cbs(SkipToEpoch)], default=0)
-    if not self._active and 0<self.learn.n_epoch<=skip_to:        # all was done before: what is left is what comes after training
+    if self.learn.lock.locked(): return
+    self._tuning,self._frozen_call = self._frozen_call,None         # the next fit of the same `fine_tune` is its second
+    if not self._armed: return
+    self._pause_trackers(False)
+    if not self._active and 0<self.learn.n_epoch<=self._skip_to():  # all was done before: what is left is what comes after training
         self._epoch = self.learn.n_epoch
         self._begin(_epoch_length(self.learn.dls.train))
         self._done = self._epoch*self._cycles.n_iter
@@ -176,22 +206,21 @@ def after_pred(self:CycleCallback):
     if self._moms is not None: opt.set_hyper('mom', self._moms)     # a momentum that went on following 1cycle would not fit a rate that doesn't
 
 @patch
-def _scheduled(self:CycleCallback, upto=1.):
-    "Learning rate of each group (or of all) at 51 places of a scheduled fit, up to a share of it, shape (51, groups or 1); None where no schedule is known"
-    sched = next((cb.scheds['lr'] for cb in self.learn._grab_cbs(ParamScheduler) if 'lr' in cb.scheds), None)
-    return None if sched is None else np.array([np.atleast_1d(sched(p)) for p in np.linspace(0, upto, 51)], dtype=float)
+def _schedule(self:CycleCallback, name):
+    "The fit's own schedule of a hyper-parameter, None where it has none"
+    return next((cb.scheds[name] for cb in self.learn._grab_cbs(ParamScheduler) if name in cb.scheds), None)
+
+@patch
+def _scheduled(self:CycleCallback):
+    "Learning rate of each group (or of all) at 51 places of a scheduled fit, shape (51, groups or 1); None where no schedule is known"
+    sched = self._schedule('lr')
+    return None if sched is None else np.array([np.atleast_1d(sched(p)) for p in np.linspace(0, 1, 51)], dtype=float)
 
 @patch
 def _derive_from_schedule(self:CycleCallback, it):
     "What a fit that goes on from iteration `it` would know, had it made those before it: its highest rates, and the momentum it holds"
-    n,n_iter,begin,at = len(self.learn.opt.hypers),self._cycles.n_iter,self._cycles.begin,[]
-    for epoch in range(self.learn.n_epoch):
-        pos = epoch/self.learn.n_epoch
-        for _ in range(n_iter):
-            at.append(pos)
-            pos += 1./(n_iter*self.learn.n_epoch)
-    at = at[:min(it, begin+1)]
-    lr,mom = (next((cb.scheds[k] for cb in self.learn._grab_cbs(ParamScheduler) if k in cb.scheds), None) for k in ('lr','mom'))
+    n,begin,lr,mom = len(self.learn.opt.hypers),self._cycles.begin,self._schedule('lr'),self._schedule('mom')
+    at = fit_positions(self.learn.n_epoch, self._cycles.n_iter, min(it, begin+1))
     if self._peaks is None and lr is not None: self._peaks = np.array(np.broadcast_to(np.max([lr(p) for p in at], axis=0), n), dtype=float)
     if self._moms is None and mom is not None and it>begin: self._moms = np.broadcast_to(mom(at[-1]), n).tolist()
 
@@ -220,14 +249,17 @@ def _collect(self:CycleCallback):
     if not all_finite(model.parameters()):
         self._once('finite', f'the weights are not finite after {self._done} iterations (the training diverged?): such snapshots are left out')
         return
-    with uninterrupted():
+    with uninterrupted():                                           # the average and the list of what is in it agree
         self._take(model)
         self.collected.append(self._done)
 
 @patch
 def _check_collected(self:CycleCallback):
-    if not self.collected and self._cycles.ends and self._epoch>=0:
-        self._once('nothing', f'the fit ended after {self._done} iterations, the first weights would have been collected after {self._cycles.ends[0]}: nothing was {self._done_to_it}, the model has its last weights')
+    if self.collected or not self._cycles.ends or self._epoch<0: return
+    if 'finite' in self._told: why = 'and the weights were not finite wherever they should have been collected (try a lower learning rate)'
+    elif self._done>=self._cycles.ends[0]: why = 'and no weights were collected in it'
+    else: why = f'the first weights would have been collected after {self._cycles.ends[0]}'
+    self._once('nothing', f'the fit ended after {self._done} iterations, {why}: nothing was {self._done_to_it}, the model has its last weights')
 
 # %% ../nbs/30_callback.ipynb #47e21099
 @patch
@@ -239,32 +271,65 @@ def plot_sched(self:CycleCallback,
     return draw_sched([*[math.nan]*self._skipped, *self._lrs], self._cycles, [o for o in self.collected if o>self._skipped], ax)
 
 # %% ../nbs/30_callback.ipynb #f1548f47
-class _Refresh(Callback):
+class _Helper(Callback):
+    "Another place in the order of things for the callback `cb_`; without effect where that is gone"
+    def __init__(self, cb): self.cb_ = cb
+    @property
+    def in_charge(self): return self.cb_._learn is self.learn
+
+class _Refresh(_Helper):
     "Before anything else dismantles the fit: measure BatchNorm statistics"
     order = -60
-    def __init__(self, cb): self.cb = cb
-    def after_fit(self): self.cb._after_training()
+    def after_fit(self):
+        if self.in_charge: self.cb_._after_training()
 
-class _SWAInstall(Callback):
+class _SWAInstall(_Helper):
     "After everything else, SaveModel's loading of its best weights included: put the average into the model"
     order = 90
-    def __init__(self, swa): self.swa_ = swa
-    def after_epoch(self): self.swa_._autosave()
-    def after_fit(self): self.swa_._install()
+    def after_epoch(self):
+        if self.in_charge: self.cb_._autosave()
+    def after_fit(self):
+        if self.in_charge: self.cb_._install()
 
 class _Meter(Callback):
-    "Loss and metrics over a side pass"
+    "Loss and metrics over a side pass, and the loss of each batch"
     order = 50
-    def __init__(self, mets): self.mets = mets
-    def before_validate(self):
-        get_model(self.learn.model).eval()
-        for m in self.mets: m.reset()
+    def __init__(self, mets, n_batches=None, bar=None):
+        self.mets,self.n_batches,self.bar,self.losses,self.i = mets,n_batches,bar,[],0
+        for m in mets: m.reset()                  # also where somebody's callback cancels the pass before it begins
+    def before_validate(self): get_model(self.learn.model).eval()
     def after_batch(self):
         if len(self.learn.yb):
             for m in self.mets: m.accumulate(self.learn)
+            self.losses.append(float(self.learn.to_detach(self.learn.loss.mean())))
+        self.i += 1
+        if self.bar is not None: self.bar.update(self.i)
+        if self.i==self.n_batches: raise CancelValidException()
     def values(self):
         vals = [m.value for m in self.mets]
         return [math.nan if v is None else v.item() if hasattr(v, 'item') else v for v in vals]
+
+def _own_copy(metric):
+    "The Recorder has read the metric already, so one that cannot be copied may serve itself"
+    for f in (deepcopy, copy):
+        try: return f(metric)
+        except Exception: pass
+    return metric
+
+def _metrics(learn): return [m for m in learn.metrics if not isinstance(m, ValueMetric)]      # those do not depend on the model
+
+def _score(learn, metrics=(), n_batches=None, dl=None, comment='average'):
+    "A `_Meter` that has seen what the model of `learn` makes of validation batches; nothing is changed"
+    dl = learn.dls.valid if dl is None else dl
+    progress = getattr(learn, 'progress', None) if learn.create_mbar else None
+    bar = _Bar(min(len(dl), n_batches or len(dl)), progress is not None, getattr(progress, 'mbar', None), comment)
+    meter = _Meter([AvgLoss(), *map(_own_copy, metrics)], n_batches, bar)
+    try:
+        with side_pass(learn, dl, [meter]), torch.no_grad():
+            try: learn._with_events(learn.all_batches, 'validate', CancelValidException)
+            except _cancels: pass
+    finally: bar.close()
+    return meter
 
 # %% ../nbs/30_callback.ipynb #6bb1a7f3
 def _check_sched(sched):
@@ -273,6 +338,23 @@ def _check_sched(sched):
     if not ok: raise TypeError(f'sched must be a fastai schedule function of (start, end), such as SchedLin or SchedCos, not {sched!r}')
 
 # %% ../nbs/30_callback.ipynb #649d5b72
+_elsewhere = dict(swa_start='start', swa_epoch_start='start', swa_lrs='swa_lr', lr='swa_lr', swa_freq='cycle_len, in epochs', swa_c_epochs='cycle_len', c_epochs='cycle_len',
+                  update_interval='cycle_len, in epochs', cycle_length='cycle_len', anneal_strategy='sched, such as SchedCos', annealing_strategy='sched, such as SchedCos',
+                  schedule_swa_lr='swa_lr (False leaves the schedule alone)', swa_eval_freq='eval_every', eval_freq='eval_every', swa_verbose='eval_every')
+_done_anyway = dict(avg_fn='the mean has equal weights', multi_avg_fn='the mean has equal weights', device='the average is where the weights are', swa_end='averaging ends with the fit',
+                    use_buffers='BatchNorm statistics are measured', anneal_epochs='the rate is held at once; learn.fit_swa comes down to it in a line',
+                    annealing_epochs='the rate is held at once; learn.fit_swa comes down to it in a line', use_swa='passing SWA() is enough')
+
+def _unknown(names):
+    "What to say of parameters that `SWA` does not have"
+    def one(k):
+        if k in _elsewhere: return f'{k} of other libraries is {_elsewhere[k]} here'
+        if k in _done_anyway: return f'{k} is not needed here: {_done_anyway[k]}'
+        return f'it has no parameter {k}'
+    own = [o for o in inspect.signature(SWA).parameters if o!='other']
+    return f"SWA({', '.join(f'{k}=...' for k in names)}): {'; '.join(map(one, names))}. It takes {', '.join(own)}"
+
+@with_parameters
 class SWA(CycleCallback):
     """Stochastic weight averaging: after the fit `learn.model` predicts with the mean of the weights found at the end of each learning rate cycle.
 
@@ -280,7 +362,13 @@ class SWA(CycleCallback):
     weights. Afterwards the callback answers for it: `n_averaged`, `swa_model`, `restore(learn)`, `apply(learn)`, `save`, `load`, `plot_sched()`.
     One extra set of weights is held, in float32 at least. Raises TypeError or ValueError here, before any training, for arguments no fit could use, and at the
     start of a fit for a `cycle_len` that doesn't fit into it or a list of another length than there are parameter groups.
-    Source: Izmailov et al. 2018, Algorithm 1."""
+    Source: Izmailov et al. 2018, Algorithm 1.
+
+    Example:
+        learn.fit(40, lr, cbs=SWA(swa_lr=lr))    # the last quarter is averaged, at the fit's own rate; learn.model predicts with the mean
+        swa = SWA(eval_every=1)                  # to watch the average, and to ask afterwards
+        learn.fit(40, lr, cbs=swa)
+        swa.compare(learn)                       # last weights, the same with measured statistics, average"""
     _stateattrs = CycleCallback._stateattrs+('_avg','_bn','_own_bn','_layers','_loaded','_saved')
     _avg,_bn,_own_bn,_layers,_loaded = None,None,None,None,None    # the mean; its statistics; those of the weights it replaced; layers that trained; a state
     _names,_lo,_hi,_value_now,_saved = [],None,None,False,{}
@@ -294,21 +382,26 @@ class SWA(CycleCallback):
         eval_every:int=0, # Evaluate the average every so many epochs, 0 or more, and after the last. 0: never
         bn_batches:int=None, # Training batches for BatchNorm statistics, 1 or more. None: all
         save_to=None, # File that `save` writes at the end of each epoch, after the first collection, so that a killed run can be resumed. None: no file
+        check:bool=True, # When the fit ends, warn if the average is worse than the last weights, found on some 2,000 validation items. False: don't look
+        **other, # Nothing: what other libraries call their parameters is answered with the name it has here
     ):
+        if other: raise TypeError(_unknown(other))
+        start,cycle_len,swa_lr,swa_lr_max,eval_every,bn_batches = map(plain_number, (start, cycle_len, swa_lr, swa_lr_max, eval_every, bn_batches))
         _check_cycles(start, cycle_len)
         if swa_lr is not None and swa_lr is not False: _check_lr('swa_lr', swa_lr)
         if swa_lr_max is not None:
             _check_lr('swa_lr_max', swa_lr_max)
             if swa_lr is False: raise ValueError("swa_lr_max has no use with swa_lr=False, which leaves the fit's own schedule alone: give swa_lr a learning rate")
-            if isinstance(swa_lr, Real) and isinstance(swa_lr_max, Real) and swa_lr_max<swa_lr:
+            if is_num(swa_lr) and is_num(swa_lr_max) and swa_lr_max<swa_lr:
                 raise ValueError(f'swa_lr_max={swa_lr_max} is below swa_lr={swa_lr}: a cycle begins at swa_lr_max and falls to swa_lr, swap them')
         _check_sched(sched)
-        if not _is_int(eval_every): raise TypeError(f'eval_every={eval_every!r}: give a whole number of epochs, 0 for no evaluation')
+        if not is_int(eval_every): raise TypeError(f'eval_every={eval_every!r}: give a whole number of epochs, 0 for no evaluation')
         if eval_every<0: raise ValueError(f'eval_every={eval_every}: give a number of epochs, 0 for no evaluation')
         _n_batches(bn_batches, 'bn_batches')
         if save_to is not None and not isinstance(save_to, (str,os.PathLike)): raise TypeError(f'save_to={save_to!r}: give the path of a file, or None')
         self.start,self.swa_lr,self.cycle_len,self.swa_lr_max,self.sched = start,swa_lr,cycle_len,swa_lr_max,sched
-        self.eval_every,self.bn_batches,self.save_to = eval_every,bn_batches,save_to
+        if not isinstance(check, bool): raise TypeError(f'check={check!r}: give True or False')
+        self.eval_every,self.bn_batches,self.save_to,self.check = eval_every,bn_batches,save_to,check
         self._helpers = _Refresh(self),_SWAInstall(self)
 
     def __repr__(self): return f'SWA(n_averaged={self.n_averaged})'
@@ -320,7 +413,10 @@ class SWA(CycleCallback):
 
 # %% ../nbs/30_callback.ipynb #278299f4
 @patch
-def _before_any(self:SWA, first): self._add_columns(on=not first)
+def _before_any(self:SWA, first):
+    self._add_columns(on=not first)
+    if self.learn.lock.locked():
+        for cb in self._trackers('swa_'): cb.run = False       # a `validate` has no such values; its end turns them on
 
 @patch
 def _before_fit(self:SWA, first):
@@ -338,14 +434,11 @@ def _before_fit(self:SWA, first):
 def _add_columns(self:SWA, on):
     rec = getattr(self.learn, 'recorder', None)
     on = on and self.eval_every and rec is not None and rec.valid_metrics
-    self._names = ['swa_loss', *(f'swa_{m.name}' for m in self._metrics())] if on else []
+    self._names = ['swa_loss', *(f'swa_{m.name}' for m in _metrics(self.learn))] if on else []
     if not on: return
     names = [o for o in rec.metric_names if o not in self._names]
     at = len(names)-1 if rec.add_time else len(names)
     rec.metric_names = L(*names[:at], *self._names, *names[at:])
-
-@patch
-def _metrics(self:SWA): return [m for m in self.learn.metrics if not isinstance(m, ValueMetric)]   # those do not depend on the model
 
 @patch
 def _trackers(self:SWA, prefix):
@@ -367,6 +460,22 @@ def _plan(self:SWA, n_epoch, n_iter):
 def _begun(self:SWA):
     self._lo,self._hi,self._saved = None,None,{}
     if self._cycles.ends and self.swa_lr is False: self._check_annealing()
+    if self.save_to is not None and not rank_distrib(): self._check_place()
+    self._check_averaged()
+
+@patch
+def _check_place(self:SWA):
+    try: check_writable(self.save_to)
+    except OSError as e: raise ValueError(f'save_to={str(self.save_to)!r} cannot be written ({e}): give the path of a file in a folder that can be') from e
+
+@patch
+def _check_averaged(self:SWA):
+    "Say so where the optimizer trains what is not in the model"
+    own = {id(p) for p in self.learn.model.parameters()}
+    others = sum(id(p) not in own for p,*_ in self.learn.opt.all_params(with_grad=False) if p.requires_grad)
+    if others:
+        self._once('others', f'the optimizer trains {others} parameters that are not in learn.model (of a loss function, perhaps): SWA averages the model only, '
+                             'and these keep their last values. Make them part of the model to have them averaged')
 
 @patch
 def _check_rates(self:SWA, n_groups):
@@ -381,28 +490,51 @@ def _check_rates(self:SWA, n_groups):
 def _resume_or_reset(self:SWA, model):
     "A state that was loaded is continued, and so is the average of a fit that goes on with `start_epoch`; else a new one begins"
     if self._loaded is not None:
-        done,now = self._loaded['done'],self._epoch*self._cycles.n_iter
-        if now and done!=now:
-            self._once('gap', f'the saved average is that of {done} iterations, and this fit goes on after {now}: snapshots in between '
-                              + ('will be counted twice. Go on from the model of the same moment.' if done>now else 'are missing from it.'))
+        self._check_moment(self._loaded['done'], self._epoch*self._cycles.n_iter)
         return self._use_loaded(model)
     if self._epoch>0 and self._avg is not None and self._avg._model is model:
         if not self._avg.inside or self._avg.is_inside(): return self.restore(self.learn) if self._avg.inside else None
         self._once('lost', f'the model was changed after the average of {self.n_averaged} snapshots had been put into it: that average is gone, a new one begins')
-    self._avg,self._bn,self._own_bn,self._layers,self._peaks,self._moms,self.collected = None,None,None,None,None,None,[]
+    self._avg,self._bn,self._own_bn,self._layers = None,None,None,None
+    self._peaks,self._moms,self.collected = None,None,[]
+
+@patch
+def _check_moment(self:SWA, done, now):
+    "Warn where the saved average and this fit do not meet"
+    if done==now: return
+    if now==0:
+        self._once('gap', f'the saved average is that of {done} iterations, and this fit begins with its first one: its snapshots will be averaged with those of that other '
+                          f'training. To go on with that training, give start_epoch={done//max(self._cycles.n_iter, 1)} (fit_flat_cos ignores it: use fit_one_cycle or fit); '
+                          'for a new average use a new SWA()')
+    else:
+        self._once('gap', f'the saved average is that of {done} iterations, and this fit goes on after {now}: snapshots in between '
+                          + ('will be counted twice. Go on from the model of the same moment.' if done>now else 'are missing from it.'))
+
+def _saved_stats(model, state):
+    "The layers of `model` whose statistics are in `state`, as `BNStats`, and those that trained. ValueError if they are of another model; None for what is not there"
+    def layer(k):
+        try: return model.get_submodule(own_name(k))
+        except AttributeError: raise ValueError(f'the saved average is of another architecture: this model has no layer {k}') from None
+    layers = None if state['layers'] is None else [layer(k) for k in state['layers']]
+    if state['bn'] is None: return None,layers
+    bn = {k:layer(k) for k in state['bn']}
+    for k,m in bn.items():
+        has,want = getattr(getattr(m, 'running_mean', None), 'shape', None),state['bn'][k][0].shape
+        if has!=want: raise ValueError(f'the saved average is of another architecture: BatchNorm statistics of {k} have shape {tuple(want)}, in this model {has and tuple(has)}')
+    means,vars = ([state['bn'][k][i].to(m.running_mean.device) for k,m in bn.items()] for i in (0,1))
+    return BNStats(list(bn.values()), means, vars),layers
 
 @patch
 def _use_loaded(self:SWA, model):
     "Make an average for `model` out of the state that was loaded"
     state,avg = self._loaded,WeightAverage(model)
     avg.load_state_dict(state)
-    def layer(k): return model.get_submodule(own_name(k))
-    layers = None if state['layers'] is None else [*map(layer, state['layers'])]
-    bn = None if state['bn'] is None else {layer(k):v for k,v in state['bn'].items()}
-    stats = lambda i: [v[i].to(m.running_mean.device) for m,v in bn.items()]
-    self._avg,self._layers,self._bn = avg,layers,None if bn is None else BNStats(list(bn), stats(0), stats(1))
-    self._peaks = None if state['peaks'] is None else np.array(state['peaks'])
-    self.collected,self._loaded = list(state['collected']),None
+    bn,layers = _saved_stats(model, state)
+    with uninterrupted():
+        self._avg,self._layers,self._bn = avg,layers,bn
+        self._peaks = None if state['peaks'] is None else np.array(state['peaks'])
+        self._moms = None if state.get('moms') is None else list(state['moms'])     # files of 0.3.0 have none
+        self.collected,self._loaded = list(state['collected']),None
 
 # %% ../nbs/30_callback.ipynb #3349f376
 @patch
@@ -459,9 +591,9 @@ def _stats(self:SWA, learn):
 
 @patch
 @contextmanager
-def _lent(self:SWA):
-    "Inside the block the model is the averaged one"
-    with self._avg.swapped(unwrap(self.learn.model)), self._stats(self.learn).lent(): yield
+def _lent(self:SWA, learn):
+    "Inside the block the model of `learn` is the averaged one; Ctrl-C waits until it is itself again, or for the end of a batch"
+    with uninterrupted(patience=1), self._avg.swapped(unwrap(learn.model)), self._stats(learn).lent(): yield
 
 @patch
 def after_validate(self:SWA):
@@ -471,20 +603,9 @@ def after_validate(self:SWA):
     self._value_now = due and self.n_averaged>0
     self.learn.recorder.log += self._evaluate() if self._value_now else [math.nan]*len(self._names)
 
-def _own_copy(metric):
-    "The Recorder has read the metric already, so one that cannot be copied may serve itself"
-    for f in (deepcopy, copy):
-        try: return f(metric)
-        except Exception: pass
-    return metric
-
 @patch
 def _evaluate(self:SWA):
-    meter = _Meter([AvgLoss(), *map(_own_copy, self._metrics())])
-    with self._lent(), side_pass(self.learn, self.learn.dls.valid, [meter]) as learn, torch.no_grad():
-        try: learn._with_events(learn.all_batches, 'validate', CancelValidException)
-        except _cancels: pass
-        return meter.values()
+    with self._lent(self.learn): return _score(self.learn, _metrics(self.learn)).values()
 
 # %% ../nbs/30_callback.ipynb #218e2888
 @patch
@@ -496,7 +617,7 @@ def after_epoch(self:SWA):
         cb.run = False
         if not self._value_now and not cb.every_epoch: continue
         if self.n_averaged:
-            with self._lent(): cb.after_epoch()
+            with self._lent(self.learn): cb.after_epoch()
         if getattr(cb, 'new_best', False): self._saved[cb] = self.n_averaged
     self._value_now = False
 
@@ -507,9 +628,10 @@ def _finish(self:SWA):
     if self.learn.lock.locked() or not self._active: return
     for cb in self._trackers('swa_'):
         if isinstance(cb, SaveModelCallback): cb.run = False          # it would load the best average over the last weights; see _install
-    if self.n_averaged:
+    if not self.n_averaged: return self._check_collected()
+    with uninterrupted(patience=1):
         with self._avg.swapped(unwrap(self.learn.model)): self._stats(self.learn)
-    else: self._check_collected()
+        if self.check and not self._saved: self._check_helped()
 
 @patch
 def _install(self:SWA):
@@ -527,6 +649,60 @@ def _install(self:SWA):
             self._expect_rounding(self.learn)
             self._bn,self.collected = BNStats(self._bn.layers),collected[:self._saved[cb]]
 
+# %% ../nbs/30_callback.ipynb #9a2e07d6
+def _part(dl, n):
+    "A loader of the data of `dl`, and how many of its batches have about `n` items; None if nobody knows"
+    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
+    if not bs or not _length(dl): return None
+    if bs<=n or not isinstance(dl, FastaiDataLoader): return dl,min(max(int(n/bs), 1), len(dl))
+    with rng_kept(dl): return dl.new(bs=n),1
+
+@patch
+def _check_parts(self:SWA):
+    "Training and validation batches for the check, as `_part` gives them, for a twentieth of the fit; None where there is too little to say anything"
+    loaders = self.learn.dls.loaders
+    sizes = [(_length(dl) or 0)*(getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 0) for dl in loaders[:2]]
+    if len(sizes)<2: return None
+    # in forward passes of one item: a training step is about three of them, and the check makes four of each item
+    n = int(min(2000, self.learn.n_epoch*(3*sizes[0]+sizes[1])/20/4))
+    parts = [_part(dl, n) for dl in loaders[:2]] if n>=32 else [None]
+    return None if None in parts else parts
+
+@patch
+def _losses(self:SWA, train, valid, bn=None):
+    "Loss of the weights that the model has now, in each of some validation batches, with statistics `bn` or those of some training batches"
+    if bn is None: bn = learner_stats(self.learn, self._layers, dl=train[0], n_batches=train[1]) or BNStats([])
+    with bn.lent(): return np.array(_score(self.learn, dl=valid[0], n_batches=valid[1], comment='check').losses)
+
+@patch
+def _check_helped(self:SWA):
+    "One warning if the average is clearly worse than the last weights, statistics measured for both"
+    parts = self._check_parts()
+    if parts is None: return
+    train,n_train = parts[0]
+    measured = self._bn if train is self.learn.dls.train and n_train==len(train) and self.bn_batches is None else None
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                      # what there is to say of the statistics has been said
+        last = self._losses(*parts)
+        with self._avg.swapped(unwrap(self.learn.model)): mean = self._losses(*parts, measured)
+    if len(last)!=len(mean) or not len(last): return
+    worse,err = (mean-last).mean(),(mean-last).std()/max(len(last)-1, 1)**.5
+    if not worse>max(2*err, .01*abs(last.mean())) or rank_distrib(): return
+    self._once('worse', f'the average is worse than the last weights: loss {mean.mean():.4g} against {last.mean():.4g} on {len(last)} validation batches, with BatchNorm statistics '
+                        f'measured for both. {self._why_worse()} swa.restore(learn), then learn.update_bn(), gives you the last weights; swa.compare(learn) shows all of them.')
+
+@patch
+def _why_worse(self:SWA):
+    "The likely reason, and what to change"
+    lrs = np.array(self._lrs[self._cycles.begin-self._done:])
+    if len(lrs) and lrs[-1]<lrs.max()/10:
+        return 'The rate fell so low that the weights hardly moved at the end, and the mean is of weights that were on their way: hold the rate (swa_lr=None), or average later.'
+    losses = np.array([float(o) for o in getattr(getattr(self.learn, 'recorder', None), 'losses', [])][self._cycles.begin-self._done:])
+    third = len(losses)//3
+    if third and losses[-third:].mean()<.99*losses[:third].mean():
+        return 'The training loss still falls, and a mean lags behind: train for more epochs, or begin later (start=).'
+    return 'The walk may be too short, or its rate too low for the weights to move around: more epochs, a higher swa_lr.'
+
 # %% ../nbs/30_callback.ipynb #52c6ddb8
 @patch
 def _expect_rounding(self:SWA, learn):
@@ -537,10 +713,11 @@ def _expect_rounding(self:SWA, learn):
 
 @patch
 def _put(self:SWA, learn):
-    if not self._avg.inside: self._own_bn = BNStats(self._bn.layers)
-    self._avg.apply(unwrap(learn.model))
-    self._expect_rounding(learn)
-    self._bn.install()
+    with uninterrupted():
+        if not self._avg.inside: self._own_bn = BNStats(self._bn.layers)
+        self._avg.apply(unwrap(learn.model))
+        self._expect_rounding(learn)
+        self._bn.install()
 
 # %% ../nbs/30_callback.ipynb #c6828443
 @patch
@@ -549,12 +726,20 @@ def _known(self:SWA, learn, what):
     if learn is None: raise TypeError(f'swa.{what}(learn): give it the learner, as the callback forgets it when the fit ends')
     model = unwrap(learn.model)
     if self._loaded is not None: self._use_loaded(model)
-    if not self.n_averaged: raise RuntimeError(f'swa.{what}: nothing has been averaged yet (the fit ended before the first cycle did, or there was none)')
+    if not self.n_averaged: raise RuntimeError(f'swa.{what}: nothing has been averaged yet: {self._when()}')
     return model
 
 @patch
+def _when(self:SWA):
+    "When the first weights are, or would have been, collected"
+    c = self._cycles
+    if c is None: return 'pass this SWA to a fit first, learn.fit(n, cbs=swa)'
+    if not c.ends: return f'with start={self.start!r} the last fit was over before averaging began'
+    return f'the last fit ended after {self._done} iterations, the first weights are collected after {c.ends[0]} (epoch {c.ends[0]/c.n_iter:.3g})'
+
+@patch
 def apply(self:SWA,
-    learn:Learner, # The learner of the fit, or after `load` one with the same architecture
+    learn:Learner=None, # The learner of the fit, or after `load` one with the same architecture
 ):
     """Put the average into `learn.model`, BatchNorm statistics included (measured now if they are not known: in a distributed run by
     all processes together, so each has to call this). A second call does nothing.
@@ -562,38 +747,81 @@ def apply(self:SWA,
     Raises TypeError without a learner, RuntimeError if nothing has been averaged or the average is gone."""
     model = self._known(learn, 'apply')
     if self._bn is None:
-        with self._avg.swapped(model): self._stats(learn)
+        with uninterrupted(patience=1), self._avg.swapped(model): self._stats(learn)
     self._put(learn)
 
 @patch
 def restore(self:SWA,
-    learn:Learner, # The learner of the fit
+    learn:Learner=None, # The learner of the fit
+    force:bool=False, # Also where the model was trained on: that training is undone, and the average is gone
 ):
     """Put the weights and statistics back that the average replaced: the last of the fit, or the best if `SaveModelCallback` had loaded them.
 
-    Call it before training on: afterwards it undoes that training, the average is gone, and a warning says so.
-    Raises TypeError without a learner, RuntimeError if nothing has been averaged."""
+    Call it before training on. Raises TypeError without a learner, RuntimeError if nothing has been averaged, or if the model was trained on
+    and `force` is not given."""
     model = self._known(learn, 'restore')
     if not self._avg.inside: return
-    self._avg.restore(model)
-    if self._own_bn is not None: self._own_bn.install()
+    with uninterrupted():
+        self._avg.restore(model, force)
+        if self._own_bn is not None: self._own_bn.install()
+
+@patch
+def compare(self:SWA,
+    learn:Learner=None, # The learner of the fit
+    dl=None, # DataLoader. None: the validation one
+)->pd.DataFrame: # A row each for the last weights, the last weights with measured BatchNorm statistics, and the average; columns `loss` and the learner's metrics
+    """Whether averaging helped. The first row has the running statistics that training left behind, the second is the fair comparison for the third.
+
+    Everything is as it was afterwards, random streams included. Costs three passes over the validation data, and one over the training data where there is BatchNorm.
+    Raises TypeError without a learner, RuntimeError if nothing has been averaged or the model was trained on."""
+    self._known(learn, 'compare')
+    metrics,inside = _metrics(learn),self._avg.inside
+    def score(): return _score(learn, metrics, dl=dl, comment='compare').values()
+    with uninterrupted(patience=1):
+        if inside:
+            self._avg.average                                 # an error if it is not there any more
+            self.restore(learn)
+        try:
+            rows = [score()]
+            layers = trained_layers(learn) if self._layers is None else self._layers
+            with (learner_stats(learn, layers, self.bn_batches) or BNStats([])).lent(): rows.append(score())
+            with self._lent(learn): rows.append(score())
+        finally:
+            if inside: self._put(learn)
+    return pd.DataFrame(rows, columns=['loss', *(m.name for m in metrics)], index=['last weights', 'last weights, statistics measured', 'average'])
 
 # %% ../nbs/30_callback.ipynb #661e33dc
+def _copy_module(model):
+    "A copy; what refuses to be copied, as it keeps tensors of its last forward pass, may still be written and read"
+    try: return deepcopy(model)
+    except Exception as e:
+        file = io.BytesIO()
+        try:
+            torch.save(model, file)
+            file.seek(0)
+            return torch.load(file, weights_only=False)                # written a moment ago, by us
+        except Exception: raise e from None
+
+@patch
+def _warn_unmeasured(self:SWA):
+    if self._bn is None and self._learn is None and bn_layers(self._avg._model):
+        warn_user('the BatchNorm statistics of this copy are not those of the average: the fit was interrupted before they could be measured. '
+                  'Call swa.apply(learn) first, or update_bn(model, dl) on the copy.')
+
 @patch(as_prop=True)
 def swa_model(self:SWA)->nn.Module:
     """A copy of the model with the average in it, in evaluation mode; made anew each time. In a distributed fit that is going on, ask for it in every process.
 
     Raises RuntimeError if there is no average or the model cannot be copied; warns if its BatchNorm statistics were never measured."""
     if self._avg is None or not self._avg.n:
-        raise RuntimeError('there is no average yet' + (': it was loaded, call swa.apply(learn) first' if self._loaded else ''))
+        raise RuntimeError('there is no average in a model yet: it was loaded, call swa.apply(learn) first' if self._loaded else f'there is no average yet: {self._when()}')
     model = self._avg._model
     if self._avg.inside: self._avg._still_inside()
-    if self._bn is None and self._learn is None and bn_layers(model):
-        warnings.warn('the BatchNorm statistics of this copy are those of the last weights: the fit was interrupted before they could be measured. Call swa.apply(learn) first.')
-    with self._avg.swapped(model):
+    self._warn_unmeasured()
+    with uninterrupted(patience=1), self._avg.swapped(model):
         bn = self._bn if self._bn is not None or self._learn is None else self._stats(self._learn)
         with (BNStats([]) if bn is None else bn).lent():
-            try: res = deepcopy(model)
+            try: res = _copy_module(model)
             except Exception as e:
                 raise RuntimeError(f'this model cannot be copied ({type(e).__name__}: {e}). The average itself is safe: use learn.model after the fit, '
                                    'or swa.copy_to(model) with a model you have built') from e
@@ -605,12 +833,23 @@ def swa_model(self:SWA)->nn.Module:
 def copy_to(self:SWA,
     model:nn.Module, # A model of the same architecture
 )->nn.Module: # The same model
-    "Write the average and its BatchNorm statistics into another model. Raises RuntimeError before there is an average"
-    if self._avg is None: raise RuntimeError('there is no average yet')
-    self._avg.copy_to(model)
-    if self._bn is not None:
-        layers = [unwrap(model).get_submodule(own_name(k)) for k in layer_names(self._avg._model, self._bn.layers)]
-        BNStats(layers, self._bn.means, self._bn.vars).install()
+    """Write the average and its BatchNorm statistics into another model, after `load` too.
+
+    Raises RuntimeError before there is an average, ValueError for another architecture; warns if its BatchNorm statistics were never measured."""
+    if self._loaded is not None and self._loaded['n']:
+        avg = WeightAverage(model)
+        avg.load_state_dict(self._loaded)
+        bn,_ = _saved_stats(unwrap(model), self._loaded)
+        if bn is None and bn_layers(model): warn_user('the BatchNorm statistics of this average were never measured: call update_bn(model, dl) on this model.')
+    else:
+        if not self.n_averaged: raise RuntimeError(f'there is no average yet: {self._when()}')
+        self._warn_unmeasured()
+        avg,bn = self._avg,self._bn
+        if bn is not None:
+            layers = [unwrap(model).get_submodule(own_name(k)) for k in layer_names(avg._model, bn.layers)]
+            bn = BNStats(layers, bn.means, bn.vars)
+    avg.copy_to(model)
+    if bn is not None: bn.install()
     return model
 
 # %% ../nbs/30_callback.ipynb #30d65ffc
@@ -622,42 +861,72 @@ def state_dict(self:SWA)->dict:
     def names(layers): return [own_name(k) for k in layer_names(self._avg._model, layers)]
     bn = None if self._bn is None else dict(zip(names(self._bn.layers), zip(self._bn.means, self._bn.vars)))
     layers = None if self._layers is None else names(self._layers)
-    return dict(avg, bn=bn, layers=layers, done=self._done, peaks=None if self._peaks is None else [float(o) for o in self._peaks], collected=list(self.collected))
+    peaks,moms = (None if o is None else [float(v) for v in o] for o in (self._peaks,self._moms))
+    return dict(avg, bn=bn, layers=layers, done=self._done, peaks=peaks, moms=moms, collected=list(self.collected))
+
+def _check_state(state):
+    "TypeError or ValueError, with what is wrong, for what `SWA.state_dict` cannot have returned"
+    def wrong(what): raise ValueError(f'not the state of an SWA callback: {what}. Use an earlier copy of it, or begin anew')
+    def numbers(o): return isinstance(o, (list,tuple)) and all(is_num(v) and v>=0 for v in o)
+    if not isinstance(state, dict): raise TypeError(f'not the state of an SWA callback but a {type(state).__name__}: give what state_dict() returned')
+    missing = {'n','average','bn','layers','done','peaks','collected'}-set(state)
+    if missing: wrong(f'it has no {sorted(missing)}')
+    for k in 'n','done':
+        if not is_int(state[k]) or state[k]<0: wrong(f'{k} is {state[k]!r}, not a count')
+    for k in 'peaks','moms','collected':
+        o = state.get(k)
+        if not (numbers(o) or o is None and k!='collected'): wrong(f'{k} is {o!r}, not a list of numbers')
+    avg,bn,layers = state['average'],state['bn'],state['layers']
+    if not isinstance(avg, dict) or not all(isinstance(o, torch.Tensor) for o in avg.values()): wrong('its average is no dict of tensors')
+    if bool(state['n'])!=bool(avg): wrong(f'it says {state["n"]} snapshots, and has {len(avg)} averaged weights')
+    if layers is not None and not (isinstance(layers, (list,tuple)) and all(isinstance(o, str) for o in layers)): wrong('its layers are no list of names')
+    if bn is None: return
+    if not isinstance(bn, dict): wrong('its BatchNorm statistics are no dict')
+    for k,o in bn.items():
+        if not (isinstance(o, (list,tuple)) and len(o)==2 and all(isinstance(v, torch.Tensor) for v in o) and o[0].shape==o[1].shape):
+            wrong(f'the BatchNorm statistics of {k} are no pair of tensors of one shape')
+        if not all_finite(o) or (o[1]<0).any(): wrong(f'the BatchNorm statistics of {k} are no means and variances')
 
 @patch
 def _autosave(self:SWA):
     "At the end of an epoch, after `SaveModelCallback`: a file never holds snapshots of a walk that the saved model has not made yet"
-    if self._active and not self.learn.lock.locked() and self.save_to is not None and self.n_averaged: self.save(self.save_to)
+    if not self._active or self.learn.lock.locked() or self.save_to is None or not self.n_averaged: return
+    try: self.save(self.save_to)
+    except OSError as e:
+        self._once('save', f'save_to={str(self.save_to)!r} could not be written after {self._done} iterations ({e}): the training goes on, '
+                           'and the next epoch tries again. Until then a killed run goes on from the file before, if there is one')
 
 @patch
 def load_state_dict(self:SWA,
     state:dict, # From `state_dict`
 ):
-    "Go on from a saved average: the next fit continues it, `apply(learn)` puts it in. Raises ValueError for another kind of state, RuntimeError while the average is in the model"
+    """Go on from a saved average: the next fit continues it, `apply(learn)` puts it in.
+
+    Raises TypeError or ValueError for another kind of state, RuntimeError while the average is in the model; nothing is changed then."""
     if self._avg is not None and self._avg.inside: raise RuntimeError('the model holds the present average: take it out with swa.restore(learn) before loading another')
-    missing = {'n','average','bn','layers','done','peaks','collected'}-set(state)
-    if missing: raise ValueError(f'not the state of an SWA callback: it has no {sorted(missing)}')
-    self._loaded,self._avg,self._bn,self._own_bn = dict(state),None,None,None
+    _check_state(state)
+    with uninterrupted(): self._loaded,self._avg,self._bn,self._own_bn = dict(state),None,None,None
 
 # %% ../nbs/30_callback.ipynb #6bde54cb
 @patch
 def save(self:SWA,
     file, # Path
 ):
-    "Write `state_dict` to a file, all or nothing: a file that was there before is intact until the new one is complete. Only rank 0 writes"
-    if rank_distrib(): return
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_name(file.name+'.tmp')
-    torch.save(self.state_dict(), tmp)
-    os.replace(tmp, file)
+    """Write `state_dict` to a file, all or nothing: a file that was there before is intact until the new one is complete. Only rank 0 writes.
+
+    Raises OSError where that is not possible."""
+    if not rank_distrib(): write_file(self.state_dict(), file)
 
 @patch
 def load(self:SWA,
     file, # Path of a file that `save` wrote
 )->'SWA': # The callback itself
-    "Read a saved average; the next fit goes on with it, or `apply(learn)` puts it in"
-    self.load_state_dict(torch.load(file, map_location='cpu', weights_only=True))
+    """Read a saved average; the next fit goes on with it, or `apply(learn)` puts it in.
+
+    Raises FileNotFoundError, and ValueError, naming the file, where it is damaged or not one that `save` wrote; nothing is changed then."""
+    state = read_file(file)
+    try: self.load_state_dict(state)
+    except (TypeError,ValueError) as e: raise ValueError(f'{file}: {e}') from None
     return self
 
 # %% ../nbs/30_callback.ipynb #dd39743a

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/01_utils.ipynb #ec05b68e
-import math, os, signal, threading, traceback, warnings, zipfile
+import inspect, math, os, signal, threading, traceback, warnings, zipfile
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,6 +16,7 @@ from uuid import uuid4
 import contextlib, fastai, fastcore, fastswa
 import numpy as np
 import torch
+from fastcore.docments import docments
 
 # %% ../nbs/01_utils.ipynb #4ab8aaaf
 class _Waiting:
@@ -136,6 +137,15 @@ def plain_number(
 
 def is_int(o): return isinstance(plain_number(o), int) and not isinstance(plain_number(o), bool)
 def is_num(o): return is_int(o) or (isinstance(plain_number(o), float) and math.isfinite(plain_number(o)))
+
+# %% ../nbs/01_utils.ipynb #4a9fa2df
+def with_parameters(cls):
+    "Add what the comments beside the parameters of `cls` say to its docstring"
+    try: docs = docments(cls.__init__)
+    except OSError: return cls                       # no source to read
+    lines = [f'    {k}: {v}' for k,v in docs.items() if v and k!='return']
+    cls.__doc__ = '\n\n'.join([inspect.cleandoc(cls.__doc__ or ''), '\n'.join(['Parameters:', *lines])])
+    return cls
 
 # %% ../nbs/01_utils.ipynb #ef2e1aab
 def get_modes(model): return [(m,m.training) for m in model.modules()]

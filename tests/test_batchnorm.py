@@ -1,13 +1,16 @@
 "Promise 4: statistics of the population, for the layers that trained, with nothing else changed"
-import random, time
+import random, signal, sys, time, warnings
 from copy import deepcopy
 
 import numpy as np, pytest, torch
+from fastai.layers import BatchNorm1dFlat
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.optim.swa_utils import update_bn as torch_update_bn
 from common import *
-from fastswa.batchnorm import forward_cbs, rng_kept, update_bn
+from fastswa import batchnorm as B
+from fastswa.batchnorm import BNStats, forward_cbs, is_out_of_memory, learner_stats, rng_kept, run_pass, side_bar, side_pass, stats_that_fit, trained_layers, update_bn
+from fastswa.callback import SWA
 
 def cnn(): seed(); return nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4,5,3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(125,3))
 def bns(m): return [o for o in m.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
@@ -125,6 +128,59 @@ def test_layer_used_twice():
     m = Twice(); update_bn(m, list(x.split(8)))
     assert_is(m.bn, torch.cat([x[:,:3],x[:,3:]]))
 
+def test_channels_last_are_counted_by_channel():
+    xs = [torch.randn(4,n,3)*2+n for n in (2,9,5)]                                                        # sequences of unequal lengths
+    m = nn.Sequential(BatchNorm1dFlat(3)); update_bn(m, xs)
+    assert_is(m[0], torch.cat([x.flatten(0,1) for x in xs]), 1e-5)
+
+def lazy_net(): return nn.Sequential(nn.Conv2d(1,4,3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.Linear(144,10))
+def test_lazy_layers():
+    for f in (lambda m: update_bn(m, [X[:20]]), lambda m: learner(m).update_bn(), lambda m: update_bn(nn.Sequential(m,nn.Flatten()), [X[:20]])):
+        with pytest.raises(ValueError, match=r'1.running_mean has no values yet \(a lazy module\)'): f(lazy_net())
+    with pytest.raises(ValueError, match='^running_mean has no values yet'): update_bn(nn.LazyBatchNorm2d(), [X[:20]])
+    src = lazy_net(); src(X[:9])
+    m = lazy_net(); m.load_state_dict(src.state_dict())                                                   # values, but num_features is 0
+    update_bn(m, X[:60].split(20)); assert_is(m[1], m[0](X[:60]).detach(), 1e-5)
+    m = lazy_net(); m.load_state_dict(src.state_dict())
+    l = learner(m); fit(l, 2, cbs=SWA(start=0)); got = state(m)
+    l.update_bn(); torch.testing.assert_close(got, state(m))
+
+class LoRA(nn.Linear):
+    "Adds its low-rank part to the weight while it is in evaluation mode, as loralib's layers do. All numbers are such that no sum is rounded"
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out)
+        self.merged = False
+        self.weight.data = (self.weight.data*64).round()/64
+        self.low = nn.Parameter(torch.arange(n_out*n_in).view(n_out,n_in)%5/8)
+    def train(self, mode=True):
+        super().train(mode)
+        if mode==self.merged:
+            self.weight.data += -self.low if mode else self.low
+            self.merged = not mode
+        return self
+    def forward(self, x): return super().forward(x)+(0 if self.merged else x@self.low.T)
+
+@pytest.mark.parametrize('training', [True,False])
+def test_layers_that_merge_weights_in_evaluation(training):
+    seed()
+    m = nn.Sequential(nn.Flatten(), LoRA(64,9), nn.BatchNorm1d(9), LoRA(9,10)).train(training)
+    l = learner(m)
+    ref = nn.Sequential(m[0], nn.Linear(64,9), nn.BatchNorm1d(9))
+    ref[1].weight.data,ref[1].bias.data = m[1].weight.data+(m[1].low.data if training else 0),m[1].bias.data
+    update_bn(ref, [X[:200]])
+    def look():
+        with side_pass(l, l.dls.valid) as learn: learn.model.eval(); run_pass(learn)
+    w,modes = weights(m),[o.training for o in m.modules()]
+    for f in (lambda: update_bn(m, X[:200].split(20)), l.update_bn, look, lambda: trained_layers(l)):
+        f()
+        assert same(weights(m), w) and [o.training for o in m.modules()]==modes and all(o.merged!=o.training for o in m if isinstance(o, LoRA))
+        for k in ('running_mean','running_var'): torch.testing.assert_close(getattr(m[2],k), getattr(ref[2],k), atol=1e-4, rtol=1e-4)
+
+def test_half_an_install_is_impossible():
+    m = cnn(); w = state(m)
+    with pytest.raises(ValueError, match='another model'): BNStats(bns(m), [torch.ones(4),torch.ones(1)], [torch.ones(4),torch.ones(1)]).install()
+    assert same(state(m), w)
+
 def test_frozen_layers_stay():
     m,x = cnn().train(),torch.randn(40,3,9,9)
     m[1].eval()
@@ -152,11 +208,31 @@ def test_unreachable_layers_warn():
 def test_bad_n_batches(n):
     with pytest.raises(ValueError, match='positive number'): update_bn(cnn(), [], n_batches=n)
     with pytest.raises(TypeError, match='positive number'): update_bn(cnn(), [], n_batches=2.5)
+    with pytest.raises(ValueError, match='positive number'): learner().update_bn(np.array(n))
 
-def test_n_batches():
+@pytest.mark.parametrize('n', [4,np.array(4),torch.tensor(4)])
+def test_n_batches(n):
     x = torch.randn(60,3); m = nn.Sequential(nn.BatchNorm1d(3))
-    update_bn(m, list(x.split(10)), n_batches=4)
+    update_bn(m, list(x.split(10)), n_batches=n)
     assert_is(m[0], x[:40])
+    l = learner(nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64,10)), shuffle=False)
+    l.update_bn(n); assert_is(l.model[0], X[:160])
+
+def test_wrong_arguments_get_a_sentence():
+    class Never:
+        def __iter__(self): raise AssertionError('the loader must not be touched')
+    l = learner()
+    for f,says in {lambda: update_bn(l): r'type learn\.update_bn\(\)$', lambda: update_bn(l, Never()): r'type learn\.update_bn\(dl=dl\)$',
+                   lambda: update_bn(l.model, l.dls): r'type update_bn\(model, dls\.train\)$', lambda: update_bn(l.model): 'needs the DataLoader of the training data, not NoneType',
+                   lambda: update_bn(l.model, 3): 'not int', lambda: update_bn(X, Never()): 'needs a torch model first, not Tensor',
+                   lambda: l.update_bn(dl=l.dls): r'type learn\.update_bn\(dl=dls\.train\)$'}.items():
+        with pytest.raises(TypeError, match=says): f()
+
+def test_warnings_point_at_the_users_line():
+    l = learner(n=30)                                                                                     # one batch of 40, and drop_last
+    for f in (lambda: update_bn(cnn(), []), l.update_bn):
+        with warnings.catch_warnings(record=True) as w: warnings.simplefilter('always'); f()
+        assert [o.filename for o in w if 'no batch' in str(o.message)]==[__file__]
 
 @pytest.mark.parametrize('exc', [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize('where', ['loader','model'])
@@ -330,19 +406,19 @@ def test_mixed_precision_is_left_when_the_pass_stops_early(monkeypatch):
     fit(l, 2); assert depth==[0]
 
 def test_bar_appears_only_for_long_work(monkeypatch, capsys):
-    from fastswa import batchnorm as B
     from fastprogress.fastprogress import master_bar
     t = time.time(); monkeypatch.setattr(B.time, 'time', lambda: t)
     bar = B._Bar(10); bar.update(1); bar.close(); assert bar.bar is None
     monkeypatch.setattr(B.time, 'time', lambda: t+2)
     for parent in (None, master_bar(range(2))):            # the bars of a real console
-        bar = B._Bar(10, parent=parent); bar.t0 = t; bar.update(1); bar.update(2); bar.close()
+        if parent is not None: parent.add_child(first := B.progress_bar(range(3), parent=parent))
+        bar = B._Bar(10, parent=parent, comment='statistics'); bar.t0 = t; bar.update(1); bar.update(2); bar.close()
         out = capsys.readouterr().out
-        assert parent is not None or '[2/10' in out and 'BatchNorm statistics' in out
+        assert '[2/10' in out and 'statistics' in out
+        assert parent is None or parent.child is first     # gives the place back
     bar = B._Bar(10, show=False); bar.t0 = t; bar.update(1); assert bar.bar is None
 
 def test_bars_of_long_passes_end_to_end(monkeypatch, capsys):
-    from fastswa import batchnorm as B
     class Later:                                           # every look at the clock is two seconds after the last
         now = 0.
         def time(self): self.now += 2; return self.now
@@ -350,8 +426,12 @@ def test_bars_of_long_passes_end_to_end(monkeypatch, capsys):
     m = nn.Sequential(nn.BatchNorm1d(3)); x = torch.randn(80,3); update_bn(m, list(x.split(8))); assert_is(m[0], x)
     assert 'BatchNorm statistics' in capsys.readouterr().out
     l = learner(); l.update_bn()
-    from fastswa.callback import SWA
     l.fit(1, cbs=SWA())
+    capsys.readouterr()
+    with side_pass(l, l.dls.valid, bar=side_bar(l, 3, 'evaluation')) as learn: run_pass(learn)
+    out = capsys.readouterr().out
+    assert '[1/3' in out and '[2/3' in out and 'evaluation' in out
+    with l.no_mbar(): assert not side_bar(l, 2).show
 
 def test_compiled_model_is_measured_without_compiling_again():
     x = torch.randn(40,3,9,9)
@@ -379,3 +459,234 @@ def test_streams_that_a_sampler_keeps_for_itself(rng):
     dl = torch.utils.data.DataLoader(torch.arange(20), 5, sampler=Sampler())
     with rng_kept(dl): a = torch.cat(list(dl))
     assert torch.equal(torch.cat(list(dl)), a) and not torch.equal(torch.cat(list(dl)), a)
+
+# ---- what others do within the pass
+
+cancels = [CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException]
+
+class Cancels(Bright):
+    "Shapes batches, and cancels what it takes for a fit or a validation"
+    def __init__(self, event, exc, order=0): self.event,self.exc,self.order = event,exc,order
+    def __call__(self, event):
+        if event==self.event: raise self.exc('enough')
+        return super().__call__(event)
+
+@pytest.mark.filterwarnings('error:.*BatchNorm')
+@pytest.mark.parametrize('event', ['before_fit','before_validate','after_validate','after_fit'])
+def test_cancels_outside_of_the_batches_are_not_meant_for_a_side_pass(event):
+    want = learner(cbs=[Bright(),Bright()]); want.update_bn()
+    for exc in cancels:
+        l = learner(cbs=[Cancels(event, exc), Bright()])
+        before = dict(vars(l))
+        l.update_bn()
+        assert same(state(l.model), state(want.model)) and dict(vars(l))==before
+
+def test_every_callback_hears_of_the_beginning_and_the_end():
+    heard = []
+    class Hears(Bright):
+        order = 5
+        def __call__(self, event): heard.append(event); return super().__call__(event)
+    l = learner(cbs=[Cancels('before_validate', CancelFitException), Cancels('after_validate', CancelEpochException), Hears()])
+    heard.clear()
+    with side_pass(l, l.dls.valid) as learn: assert run_pass(learn) is None
+    assert heard[:2]+heard[-2:]==['before_fit','before_validate','after_validate','after_fit'] and heard.count('after_batch')==2
+
+def test_a_pass_that_is_cut_short_says_who_did_it():
+    for exc in cancels[1:]:
+        l = learner(cbs=Cancels('before_batch', exc)); w = state(l.model)
+        with pytest.warns(UserWarning, match=f'^Cancels raised {exc.__name__} before the end of the first batch: BatchNorm statistics are left'): l.update_bn()
+        assert same(state(l.model), w)
+        with side_pass(l, l.dls.valid) as learn: assert type(run_pass(learn)) is exc
+    l = learner(cbs=Cancels('before_batch', CancelBatchException))
+    with pytest.warns(UserWarning, match='2 BatchNorm layers saw no data'): l.update_bn()
+
+class CountedAutocast:
+    "Stands for autocast('cuda'), which does nothing on a machine without it"
+    depth = 0
+    def __init__(self, *a, **k): pass
+    def __enter__(self): CountedAutocast.depth += 1
+    def __exit__(self, *a): CountedAutocast.depth -= 1
+
+@pytest.mark.parametrize('event,order', [('before_batch',5),('before_batch',20),('after_pred',5),('after_loss',5)])
+def test_autocast_is_left_whatever_ends_a_batch(monkeypatch, event, order):
+    from fastai.callback import fp16
+    monkeypatch.setattr(fp16, 'autocast', CountedAutocast)
+    CountedAutocast.depth = 0
+    for exc in [*cancels,OSError]:
+        l = learner(cbs=[MixedPrecision(amp_mode='bf16'), Cancels(event, exc, order)])
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            try: l.update_bn()
+            except OSError: pass
+        assert CountedAutocast.depth==0
+
+class Hungry(nn.Module):
+    "Has memory for so many items"
+    def __init__(self, n, error=torch.OutOfMemoryError): super().__init__(); self.n,self.error,self.sizes = n,error,[]
+    def forward(self, x):
+        self.sizes.append(len(x))
+        if len(x)>self.n: raise self.error('CUDA out of memory. Tried to allocate 2.00 GiB')
+        return x
+def hungry(n, error=torch.OutOfMemoryError, **kw): return learner(nn.Sequential(Hungry(n, error), *net()), **kw)
+
+def test_what_is_out_of_memory():
+    from fastswa.batchnorm import FailedElsewhere
+    for e in (torch.OutOfMemoryError('x'), MemoryError(), RuntimeError('CUDA out of memory. Tried to allocate'), RuntimeError('CUDA error: out of memory'),
+              RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+              RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes'), RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'),
+              RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling'), FailedElsewhere('process 1 failed with OutOfMemoryError: x, so')):
+        assert is_out_of_memory(e), e
+    try: torch.empty(2**60)
+    except RuntimeError as e: assert is_out_of_memory(e), e
+    for e in (RuntimeError('mat1 and mat2 shapes cannot be multiplied'), ValueError('out of memory'), KeyboardInterrupt('out of memory')): assert not is_out_of_memory(e)
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError,RuntimeError])
+def test_smaller_batches_where_the_memory_does_not_suffice(error):
+    want = learner(nn.Sequential(nn.Identity(), *net()), bs=10); l = hungry(12, error)
+    before,own = rng_fingerprint(l),dict(vars(l.dls.train))
+    with pytest.warns(UserWarning, match='out of memory with batches of 40 items: .* batches of 10') as w: l.update_bn()
+    assert len([o for o in w if 'memory' in str(o.message)])==1 and l.model[0].sizes==[40,20]+[10]*20
+    want.dls.train.rng.setstate(l.dls.train.rng.getstate()); want.update_bn()
+    assert same(state(l.model), state(want.model))                 # the same items in the same order
+    assert rng_fingerprint(l)==before and dict(vars(l.dls.train))==own and l.model.training
+    l.model[0].sizes.clear()
+    with pytest.warns(UserWarning, match='out of memory'): l.update_bn(n_batches=2)
+    assert sum(l.model[0].sizes[2:])==80                           # as many items as two batches of 40 have
+
+def test_no_memory_at_all():
+    l = hungry(3); w,before = state(l.model),dict(vars(l))
+    with pytest.raises(torch.OutOfMemoryError, match='2.00 GiB.*not even with batches of 5 items.*learn.update_bn()') as e: l.update_bn()
+    assert is_out_of_memory(e.value) and l.model[0].sizes==[40,20,10,5] and same(state(l.model), w) and dict(vars(l))==before
+    with pytest.raises(torch.OutOfMemoryError): learner_stats(l, bns(l.model))       # one attempt
+    with pytest.raises(OSError): hungry(3, OSError).update_bn()                      # nothing else is tried again
+    dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:80],Y[:80]), 20)
+    with pytest.raises(torch.OutOfMemoryError, match='a DataLoader gives batches of one size only: give dl= a loader with smaller batches'): l.update_bn(dl=dl)
+    with pytest.raises(TypeError, match='one size only'): learner_stats(l, bns(l.model), dl=dl, bs=5)
+
+def test_autocast_is_left_when_the_memory_does_not_suffice(monkeypatch):
+    from fastai.callback import fp16
+    monkeypatch.setattr(fp16, 'autocast', CountedAutocast)
+    CountedAutocast.depth = 0
+    l = hungry(12, cbs=MixedPrecision(amp_mode='bf16'))
+    with pytest.warns(UserWarning, match='out of memory'): l.update_bn()
+    assert CountedAutocast.depth==0
+
+# ---- what a walk may depend on
+
+class Drawn:
+    "A data set that moves its items by random numbers of its own"
+    def __init__(self, k, rng): self.k,self.rng = k,rng
+    def __len__(self): return 60
+    def draw(self):
+        if isinstance(self.rng, torch.Generator): return torch.rand(1, generator=self.rng).item()
+        return float(self.rng.random() if hasattr(self.rng,'random') else self.rng.rand())
+    def __getitem__(self, i): return X[self.k+i]+self.draw(),Y[self.k+i]
+class Around:
+    def __init__(self, dataset): self.dataset = dataset
+    def __len__(self): return len(self.dataset)
+    def __getitem__(self, i): return self.dataset[i]
+class Moves(Transform):
+    def __init__(self): self.rng = random.Random(3)
+    def encodes(self, x:int): return X[x]+self.rng.random()
+class Observer(nn.Module):
+    "Its buffers move in evaluation too, one in place, one that grows, one that is another tensor each time, one that comes late; and what it has seen matters"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('top', torch.zeros(1)); self.register_buffer('hist', torch.zeros(1)); self.register_buffer('last', torch.zeros(1)); self.register_buffer('late', None)
+        self.register_buffer('wide', torch.zeros(1).expand(3))
+    def forward(self, x):
+        self.top.lerp_(x.detach().amax(), .1)
+        self.hist.resize_(len(self.hist)+1).fill_(self.top.item())
+        self.last = self.last+x.detach().mean()
+        self.late = self.last if self.late is None else self.late+1
+        return x*(1+self.top/10)+self.hist.sum()/100+self.last/10+self.late/100
+
+def loaders(make):
+    def drawn(k, rng): return Around(Drawn(k, rng))
+    rngs = dict(python=random.Random, numpy=np.random.default_rng, old=np.random.RandomState, torch=lambda s: torch.Generator().manual_seed(s))
+    if make in rngs: return DataLoaders(*(FastaiDataLoader(drawn(k, rngs[make](k)), bs=20, shuffle=k==0) for k in (0,60)))
+    if make=='loader': return DataLoaders(*(torch.utils.data.DataLoader(torch.utils.data.ConcatDataset([Drawn(k, random.Random(k))]), 20) for k in (0,60)))
+    if make=='datasets':
+        ds = Datasets(range(120), [[Moves()],[lambda i: Y[i]]], splits=(range(60),range(60,120)))
+        return ds.dataloaders(bs=20, num_workers=0)
+    return dls(60, 20, 60)
+
+@pytest.mark.parametrize('make', ['python','numpy','old','torch','loader','datasets','observer'])
+def test_same_walk_beside_data_sets_and_layers_with_a_state(make):
+    res = []
+    for kw in (None, dict(eval_every=1)):
+        seed()
+        spy,l = Spy(),learner(nn.Sequential(Observer(), *net()) if make=='observer' else net(), data=loaders(make))
+        fit(l, 3, cbs=[spy, *([] if kw is None else [SWA(swa_lr=False, start=0, **kw)])])
+        res.append((spy.ws, [row[:2] for row in l.recorder.values], [b for m in l.model for k,b in m.named_buffers() if isinstance(m, Observer)]))
+    (a,va,ba),(b,vb,bb) = res
+    assert all(map(same, a, b)) and va==vb and same(ba, bb)
+
+def test_buffers_are_put_back():
+    m = nn.Sequential(Observer(), *net())
+    l = learner(m)
+    own,was = dict(m[0].named_buffers()),state(m)
+    def look():
+        with side_pass(l, l.dls.valid) as learn: learn.model.eval(); run_pass(learn)
+    for f in (look, l.update_bn, lambda: update_bn(m, X[:60].split(20))):
+        f()
+        assert {k:id(b) for k,b in m[0].named_buffers()}=={k:id(b) for k,b in own.items()} and m[0].late is None
+        assert all(torch.equal(v, was[k]) for k,v in m.state_dict().items() if k.startswith('0.'))
+    s = torch.jit.script(net())
+    l = learner(s); look(); assert l.validate()
+
+# ---- Ctrl-C
+
+def interrupted(run, k=None):
+    "Run it with a Ctrl-C at the k-th line of the module that is executed, and return the numbers of all lines"
+    lines = []
+    def line(frame, event, arg):
+        if event=='line':
+            lines.append(frame.f_lineno)
+            if len(lines)-1==k: signal.raise_signal(signal.SIGINT)
+        return line
+    old = sys.gettrace()
+    sys.settrace(lambda frame, event, arg: line if frame.f_code.co_filename==B.__file__ else None)
+    try: run()
+    except KeyboardInterrupt: assert k is not None
+    finally: sys.settrace(old)
+    return lines
+
+def ctrl_c_net(): seed(); return nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64,3), nn.BatchNorm1d(3), nn.Linear(3,10))
+def evaluated(l):
+    with BNStats(bns(l.model), [torch.ones(1),torch.ones(3)], [torch.ones(1),torch.ones(3)]).lent(), side_pass(l, l.dls.valid) as learn:
+        learn.model.eval()
+        run_pass(learn)
+
+@pytest.mark.parametrize('run', [lambda l: update_bn(l.model, l.dls.train), lambda l: l.update_bn(), evaluated], ids=['model','learner','evaluation'])
+def test_ctrl_c_at_any_line(run):
+    l = learner(ctrl_c_net(), n=40, bs=20, n_valid=100, cbs=[Bright(), BnFreeze()])
+    l.model[3].eval()
+    def all_else():
+        return (dict(vars(l)), list(l.cbs), [cb.learn for cb in l.cbs], rng_fingerprint(l), [dict(vars(o)) for o in l.dls.loaders], [m.training for m in l.model.modules()],
+                [(b.momentum,len(b._forward_hooks),len(b._forward_pre_hooks)) for b in bns(l.model)], signal.getsignal(signal.SIGINT))
+    before,else_ = state(l.model),all_else()
+    lines = interrupted(lambda: run(l))
+    after = state(l.model)
+    first = {o:i for i,o in reversed(list(enumerate(lines)))}
+    last = {o:i for i,o in enumerate(lines)}
+    for k in random.Random(1).sample(sorted({*first.values(),*last.values()}), 60):
+        l.model.load_state_dict(before)
+        interrupted(lambda: run(l), k)
+        assert all_else()==else_, lines[k]
+        assert same(state(l.model), before) or same(state(l.model), after), lines[k]
+
+def test_ctrl_c_comes_at_the_end_of_a_batch():
+    l,seen = learner(n=200, bs=20),[]
+    class Press(Bright):
+        def before_batch(self):
+            seen.append(self.iter)
+            if self.iter==2: signal.raise_signal(signal.SIGINT)
+    l.add_cb(Press())
+    with pytest.raises(KeyboardInterrupt): l.update_bn()
+    assert seen==[0,1,2]
+    def batches():
+        for i in range(9): seen.append(i); i==4 and signal.raise_signal(signal.SIGINT); yield X[:20]
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt): update_bn(l.model, batches())
+    assert seen==[0,1,2,3,4]
