@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
-from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.core import Callback
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import get_model, rank_distrib
 
 from .average import all_finite, lend, own_name, unwrap
-from .batchnorm import _Bar, _cancels, _n_batches, bn_layers, by_all, is_ddp, learner_stats, rng_kept, side_pass, trained_layers
+from .batchnorm import _cancels, _n_batches, bn_layers, by_all, is_ddp, is_out_of_memory, rng_kept, run_pass, side_bar, side_pass, stats_that_fit, trained_layers
 from .callback import CycleCallback, _Refresh
 from .schedule import Cycles, _check_cycles, _check_lr, group_lrs
-from .utils import check_writable, get_modes, is_int, is_num, plain_number, read_file, set_modes, uninterrupted, write_file
+from .utils import check_writable, get_modes, is_int, is_num, plain_number, read_file, set_modes, uninterrupted, with_parameters, write_file
 
 # %% ../nbs/40_ensemble.ipynb #d0b78074
 def snapshot_lr(
@@ -375,18 +375,12 @@ def _resume_or_reset(self:Ensemble, model):
                            'With keep_on=Path(folder) members outlive a process')
 
 # %% ../nbs/40_ensemble.ipynb #c3d82f29
-def _out_of_memory(e):
-    "Whether `e` says so; an error that another process has had is told as text"
-    return isinstance(e, MemoryError) or any(o in str(e).lower() for o in ('out of memory', 'allocate memory', 'enough memory'))
-
 @patch
 def _check_zero(self:Ensemble, lrs):
     if np.max(lrs)==0: self._once('zero', 'the learning rate is 0 in all cycles: the weights do not move, and all members will be the same. Give lr_max')
 
 @patch
 def _finish(self:Ensemble):
-    "Order -60 of after_fit"
-    if self.learn.lock.locked() or not self._active: return
     self._check_collected()
     if self.bn_batches==0: return
     layers = trained_layers(self.learn) if self._layers is None else self._layers
@@ -398,16 +392,14 @@ def _finish(self:Ensemble):
 def _refresh(self:Ensemble, k, layers):
     "Measure BatchNorm statistics for a member; where that cannot be done it keeps those that it has"
     model = unwrap(self.learn.model)
+    try: m = self._get(k)
+    except ValueError as e: return self._once(k, f'{e}. This member keeps the BatchNorm statistics that it has')
     try:
-        m = self._get(k)
-        with lend_state(model, m['state']): stats = learner_stats(self.learn, layers, self.bn_batches)
+        with lend_state(model, m['state']): stats = stats_that_fit(self.learn, layers, self.bn_batches)
     except Exception as e:
-        if _out_of_memory(e):
-            self._once('memory', f'there was not enough memory to measure BatchNorm statistics for the members ({str(e).splitlines()[0]}): those that it failed for '
-                                 'have the running statistics of their moment. With a smaller batch size fit(n_epoch, start_epoch=n_epoch) tries again')
-        elif isinstance(e, ValueError) and not isinstance(self._members[k], dict): self._once(k, f'{e}. It keeps the BatchNorm statistics that it has')
-        else: raise
-        return
+        if not is_out_of_memory(e): raise
+        return self._once('memory', 'there was not enough memory to measure the BatchNorm statistics of each member: those without have the running statistics of their moment. '
+                                    'To try again, make room and call learn.fit(n_epoch, start_epoch=n_epoch, cbs=ens), with the n_epoch of this fit')
     names,dev = {o:name for name,o in model.named_modules()},next(iter(m['state'].values())).device
     new = {}
     for o,mean,var in zip(stats.layers, stats.means, stats.vars):
@@ -429,7 +421,7 @@ class _Vote(Callback):
     order = 1000
     def __init__(self, n, act, inv, bar, check):
         self.n,self.act,self.inv,self.bar,self.check = n,act,inv,bar,check
-        self.sums,self.targs,self.seen,self.i = [],[],0,0
+        self.sums,self.targs,self.seen,self.done,self.i = [],[],0,0,0
     def before_validate(self):
         get_model(self.learn.model).eval()
         self.i,self.seen = 0,self.seen+1
@@ -457,9 +449,10 @@ class _Vote(Callback):
             self.sums[self.i] = None                      # not needed any more
         self.i += 1
         self.bar.update((self.seen-1)*len(self.learn.dl)+self.i)
-    def end_pass(self, k):
-        "Whether the `k`-th pass was one; in all but the last, members have to see as many batches as the first one"
-        if self.seen!=k or (k<self.n and self.i!=len(self.sums)): self._cut_short()
+    def after_validate(self):
+        "Members have to see as many batches as the first one; in the last pass that is up to the learner"
+        self.done += 1
+        if self.seen!=self.done or (self.done<self.n and self.i!=len(self.sums)): self._cut_short()
     def _cut_short(self):
         raise RuntimeError('a callback has ended one of the passes over the data before its end, and what the members say about different items has no mean. '
                            'Leave it out: with learn.removed_cbs(cb): ...')
@@ -492,18 +485,14 @@ def _vote(self:Ensemble, learn, dl, act, inv, last, go):
     if last is not None and last>self.n_members: raise ValueError(f'last={last}: there are {self.n_members} members')
     n = last or self.n_members
     model,states = unwrap(learn.model),[self._get(k)['state'] for k in range(self.n_members-n, self.n_members)]
-    bar = _Bar(n*len(dl), learn.create_mbar and hasattr(learn,'progress'), comment='members')
+    bar = side_bar(learn, n*len(dl), 'members')
     with uninterrupted(patience=1) as check:
         vote = _Vote(n, activation(learn.loss_func) if act is None else act, inv, bar, check)
         try:
-            for k,state in enumerate(states[:-1]):
-                with lend_state(model, state), side_pass(learn, dl, [vote]), torch.no_grad():
-                    try: learn._with_events(learn.all_batches, 'validate', CancelValidException)
-                    except _cancels: pass
-                vote.end_pass(k+1)
-            with lend_state(model, states[-1]): res = go(vote)
-            vote.end_pass(n)
-            return res
+            for state in states[:-1]:
+                with lend_state(model, state), side_pass(learn, dl, [vote]): run_pass(learn)
+            with lend_state(model, states[-1]): return go(vote)
+        except _cancels: vote._cut_short()
         finally: bar.close()
 
 # %% ../nbs/40_ensemble.ipynb #e2cc4c02
@@ -611,11 +600,17 @@ def load(self:Ensemble,
     return self
 
 # %% ../nbs/40_ensemble.ipynb #b94d48b1
+@with_parameters
 class SnapshotEnsemble(Ensemble):
     """Cosine cycles over the whole fit, a member at the end of each; predictions are the mean of the members'.
 
     The learner's model ends with the weights of the last member. Raises TypeError or ValueError for arguments no fit could use.
-    Source: Huang et al. 2017."""
+    Source: Huang et al. 2017.
+
+    Example:
+        snap = SnapshotEnsemble(5)
+        learn.fit(60, lr, cbs=snap)
+        preds,targs = snap.get_preds(learn)      # the mean of five; snap.validate(learn) for loss and metrics"""
     _top = None
     def __init__(self,
         n_cycles:int=5, # Cycles in the fit, 1 or more: the papers' M
@@ -649,12 +644,18 @@ class SnapshotEnsemble(Ensemble):
         return self._peaks if sched is None else np.broadcast_to(sched.max(0), self._peaks.shape)
 
 # %% ../nbs/40_ensemble.ipynb #50f79bdc
+@with_parameters
 class FGE(Ensemble):
     """Fast geometric ensembling: ordinary training, then triangular cycles with a member where the rate is lowest; predictions are the mean of the members'.
 
     Without arguments for the schedule and beside an `SWA` in the same fit, it follows that: its members are the very weights that SWA averages.
     The learner's model ends with the weights of the last member (beside SWA, with the average). Raises TypeError or ValueError here for arguments no fit
-    could use, and at the start of a fit for a `cycle_len` that doesn't fit into it. Source: Garipov et al. 2018."""
+    could use, and at the start of a fit for a `cycle_len` that doesn't fit into it. Source: Garipov et al. 2018.
+
+    Example:
+        fge = FGE()
+        learn.fit(60, lr, cbs=fge)
+        preds,targs = fge.get_preds(learn)      # the mean over its members; fge.validate(learn) for loss and metrics"""
     _hi,_lo = None,None
     def __init__(self,
         start:float=None, # When cycles begin. float in [0,1): share of the fit. int: epochs before them. None: .8, or as a neighbouring SWA has it

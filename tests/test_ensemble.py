@@ -884,15 +884,19 @@ def test_layers_that_merge_in_evaluation(keep_on, tmp_path):
 
 # ---- Ctrl-C at any line
 
+HALF_DONE = '_apart lend_state _put write _take _drop find _resume_or_reset _finish _refresh _vote predict save load'.split()      # others read, and change nothing
+
 def interrupted_at(n, f):
-    "Run `f`, with Ctrl-C at the n-th line of the module that it executes; which lines these were"
+    "Run `f`, with Ctrl-C at the n-th line that it executes in functions of the module where something may be half-done; which lines these were"
     lines = []
     def trace(frame, event, arg):
-        if frame.f_code.co_filename!=ensemble.__file__: return
+        if frame.f_code.co_filename!=ensemble.__file__ or frame.f_code.co_name not in HALF_DONE: return
         if event=='line':
             lines.append(frame.f_lineno)
-            if len(lines)==n: signal.raise_signal(signal.SIGINT)
-        return trace
+            if len(lines)==n:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGINT)
+        return trace if len(lines)<n or not n else None
     sys.settrace(trace)
     try: f()
     except KeyboardInterrupt: assert n
@@ -900,10 +904,8 @@ def interrupted_at(n, f):
     return lines
 
 def places(lines):
-    "The first time and the last that each line is executed"
-    at = {}
-    for i,o in enumerate(lines): at.setdefault(o, [i+1,i+1])[1] = i+1
-    return sorted({i for o in at.values() for i in o})
+    "The last time that each line is executed"
+    return sorted({o:i+1 for i,o in enumerate(lines)}.values())
 
 class Tiny(Learner):
     def predict(self, item): return self.get_preds(dl=self.dls.valid)
@@ -914,8 +916,7 @@ def tiny(path='.'):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64,4), nn.BatchNorm1d(4), nn.Linear(4,10))
     return Tiny(data, model, loss_func=CrossEntropyLossFlat(), opt_func=sgd, lr=.1, path=path, model_dir='.')
 
-@pytest.mark.parametrize('keep_on', ['cpu','folder'])
-def test_interrupted_at_any_line_of_a_fit(keep_on, tmp_path):
+def test_interrupted_at_any_line_of_a_fit(tmp_path):
     class Last(Callback):
         order = 50                                           # before the ensemble looks at a batch
         def before_fit(self): self.state,self.was = None,None
@@ -925,16 +926,16 @@ def test_interrupted_at_any_line_of_a_fit(keep_on, tmp_path):
             if self.training: self.state = state(self.model)
     def run(n):
         learn,last,folder = tiny(),Last(),tmp_path/f'{n}'
-        ens = FGE(start=0, cycle_len=1, last=2, bn_batches=1, keep_on=folder if keep_on=='folder' else 'cpu')
+        ens = FGE(start=0, cycle_len=1, last=2, bn_batches=1, keep_on=folder)
         cbs = [type(o) for o in learn.cbs]
         with quiet(learn): lines = interrupted_at(n, lambda: learn.fit(3, cbs=[ens,last]))
         its = [o['it'] for o in map(ens._get, range(ens.n_members))]
         assert its==ens.collected[-2:] and (not n or last.state is None or same(state(learn.model), last.state))
-        assert keep_on=='cpu' or not folder.exists() or ensemble._its(folder)==its and len(list(folder.iterdir()))==len(its)
+        assert ensemble._its(folder)==its and (not its or len(list(folder.iterdir()))==len(its))
         assert [type(o) for o in learn.cbs]==cbs and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         return lines
     lines = run(0)
-    assert len(set(lines))>50
+    assert len(set(lines))>40
     for n in places(lines): run(n)
 
 def test_interrupted_at_any_line_of_a_vote(tmp_path):
@@ -946,7 +947,7 @@ def test_interrupted_at_any_line_of_a_vote(tmp_path):
         except KeyboardInterrupt: assert len(list((tmp_path/'s').glob('*'))) in (0,2); raise
         finally: shutil.rmtree(tmp_path/'s', ignore_errors=True)
     with quiet(learn):
-        for f in lambda: ens.get_preds(learn),lambda: ens.validate(learn),lambda: ens.predict(learn, None),save,lambda: ens.load(tmp_path/'m'):
+        for f in lambda: ens.predict(learn, None),save,lambda: ens.load(tmp_path/'m'):
             for n in [0,*places(interrupted_at(0, f))]:
                 interrupted_at(n, f)
                 assert same(was, state(learn.model)) and [type(o) for o in learn.cbs]==[type(o) for o in cbs if not isinstance(o, ProgressCallback)]
@@ -994,7 +995,7 @@ def test_help_shows_parameters_and_an_example(cls):
     import inspect
     doc = inspect.getdoc(cls)
     for name in list(inspect.signature(cls).parameters): assert f'\n    {name}' in doc
-    assert 'temporary' in doc and 'learn.fit(' in doc and 'get_preds(learn)' in doc
+    assert 'files that go with this object' in doc and 'learn.fit(' in doc and 'get_preds(learn)' in doc
 
 @pytest.mark.parametrize('f,exc,say', [
     (lambda: SnapshotEnsemble(0), ValueError, 'n_cycles=0'), (lambda: SnapshotEnsemble(None), TypeError, 'n_cycles=None: give a positive number of cycles'), (lambda: SnapshotEnsemble(2.5), TypeError, 'n_cycles'),
