@@ -441,7 +441,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastswa.ensemble._params': ('ensemble.html#_params', 'fastswa/ensemble.py'),
                                   'fastswa.ensemble._place': ('ensemble.html#_place', 'fastswa/ensemble.py'),
                                   'fastswa.ensemble._read': ('ensemble.html#_read', 'fastswa/ensemble.py'),
-                                  'fastswa.ensemble._rearranges': ('ensemble.html#_rearranges', 'fastswa/ensemble.py'),
                                   'fastswa.ensemble._refusal': ('ensemble.html#_refusal', 'fastswa/ensemble.py'),
                                   'fastswa.ensemble._same': ('ensemble.html#_same', 'fastswa/ensemble.py'),
                                   'fastswa.ensemble._state': ('ensemble.html#_state', 'fastswa/ensemble.py'),

@@ -24,10 +24,12 @@ from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropy
 from fastai.torch_core import get_model, rank_distrib
 
 from .average import all_finite, lend, own_name, unwrap
-from .batchnorm import _cancels, _n_batches, bn_layers, by_all, is_ddp, is_out_of_memory, rng_kept, run_pass, side_bar, side_pass, stats_that_fit, trained_layers
+from .batchnorm import _cancels, _n_batches, bn_layers, by_all, is_ddp, is_out_of_memory, rng_kept
+from .batchnorm import run_pass, side_bar, side_pass, stats_that_fit, trained_layers
 from .callback import CycleCallback, _Refresh
 from .schedule import Cycles, _check_cycles, _check_lr, group_lrs
-from .utils import check_writable, get_modes, is_int, is_num, plain_number, read_file, set_modes, uninterrupted, with_parameters, write_file
+from .utils import check_writable, get_modes, is_int, is_num, plain_number, read_file, set_modes
+from .utils import uninterrupted, with_parameters, write_file
 
 # %% ../nbs/40_ensemble.ipynb #d0b78074
 def snapshot_lr(
@@ -63,10 +65,13 @@ def fge_lr(
 def _check_fge(start, cycle_len):
     "TypeError or ValueError, with what to type instead, for a `start` or `cycle_len` that no fit could use"
     if not is_num(start):
-        raise TypeError(f'start={start!r}: give a float, the share of the fit before the cycles, or an int, epochs before them, such as start=.8')
-    if is_int(start) and start<0: raise ValueError(f'start={start}: the number of epochs before the cycles cannot be negative')
+        raise TypeError(f'start={start!r}: give a float, the share of the fit before the cycles, or an int, epochs '
+                        'before them, such as start=.8')
+    if is_int(start) and start<0:
+        raise ValueError(f'start={start}: the number of epochs before the cycles cannot be negative')
     if not is_int(start) and not 0<=start<1:
-        raise ValueError(f'start={start}: a float is the share of the fit before the cycles, in [0,1); for a number of epochs use an int, start={int(start)}')
+        raise ValueError(f'start={start}: a float is the share of the fit before the cycles, in [0,1); '
+                         f'for a number of epochs use an int, start={int(start)}')
     _check_cycles(0, cycle_len)
 
 def fge_cycles(
@@ -86,8 +91,9 @@ def fge_cycles(
     half = max(1, int(min(4*n_iter, left/4.5)/2) if cycle_len is None else round(cycle_len*n_iter/2))
     n = (left+half)//(2*half)           # n cycles, half of the last one left out, take (2n-1) halves
     if n==0:
-        raise ValueError(f'cycle_len={cycle_len} epochs is too long: half of it is more than the {left/n_iter:.4g} that start={start} leaves '
-                         f'of {n_epoch} epochs, and no member would be taken. Use cycle_len<={2*left/n_iter:.4g} or an earlier start.')
+        raise ValueError(f'cycle_len={cycle_len} epochs is too long: half of it is more than the {left/n_iter:.4g} '
+                         f'that start={start} leaves of {n_epoch} epochs, and no member would be taken. '
+                         f'Use cycle_len<={2*left/n_iter:.4g} or an earlier start.')
     mids = tuple(total-2*half*k for k in reversed(range(n)))
     return Cycles(mids[0]-half, mids, n_iter)
 
@@ -151,31 +157,32 @@ def _check_fits(own, state):
     "ValueError where the parameters and buffers `state` are not of the model that has `own`"
     diff = set(own)^set(state) or {k for k,v in _params(own).items() if v.shape!=state[k].shape}
     if diff:
-        raise ValueError(f'this ensemble is of another model: {len(diff)} parameters or buffers differ in name or shape, such as {sorted(diff)[0]}. '
-                         'Use a learner with the architecture that it was made with')
+        raise ValueError(f'this ensemble is of another model: {len(diff)} parameters or buffers differ in name or '
+                         f'shape, such as {sorted(diff)[0]}. Use a learner with the architecture that it was made with')
 
 @contextmanager
 def _apart(model):
-    "Inside the block all modules are in training mode: some, such as LoRA layers, keep other weights in evaluation mode"
+    "Inside the block all modules are in training mode: LoRA layers, for one, have other weights in evaluation mode"
     modes = get_modes(model)
     if not all(mode for _,mode in modes): model.train()
     try: yield
     finally: set_modes(modes)
-
-def _rearranges(model): return any(type(m).train is not nn.Module.train for m in model.modules())
 
 @contextmanager
 def lend_state(
     model:nn.Module, # A model
     state:dict, # Tensors by name: parameters and buffers of a model of this architecture, in training mode
 ):
-    "Inside the block `model` has the parameters (by pointer) and buffers (by value) in `state`, its own again after it. Raises ValueError for another architecture"
+    """Inside the block `model` has the parameters (by pointer) and buffers (by value) in `state`, and its own after it.
+
+    Raises ValueError for another architecture."""
     own,state = ({own_name(k):v for k,v in o.items()} for o in (_state(model), state))
     _check_fits(own, state)
     params = _params(own)
     bufs = {k:v for k,v in own.items() if k not in params}
     kept = {k:v.detach().clone() for k,v in bufs.items()}
-    values = [state[k].clone() if _rearranges(model) else state[k] for k in params]       # what writes into its weights gets some to write into
+    merges = any(type(m).train is not nn.Module.train for m in model.modules())       # it may write into what is lent
+    values = [state[k].clone() if merges else state[k] for k in params]
     def put(v, o): v.copy_(o) if v.shape==o.shape else v.set_(o.to(v.device, v.dtype, copy=True))      # some buffers grow
     with uninterrupted(patience=1), torch.no_grad(), ExitStack() as lent:
         try:
@@ -221,7 +228,8 @@ def _check_member(m, it):
     state = m.get('state') if isinstance(m, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(o, torch.Tensor) for o in state.values()):
         raise ValueError('it holds no weights of a model')
-    if not is_int(m.get('it')) or m['it']!=it: raise ValueError(f"its name says iteration {it}, and it says {m.get('it')!r}")
+    if not is_int(m.get('it')) or m['it']!=it:
+        raise ValueError(f"its name says iteration {it}, and it says {m.get('it')!r}")
     if not rates(m.get('peaks')): raise ValueError(f"its learning rates are {m.get('peaks')!r}")
     if not (m.get('moms') is None or rates(m['moms'])): raise ValueError(f"its momentum is {m['moms']!r}")
     bad = next((k for k,v in state.items() if k.endswith('running_var') and (v<0).any()), None)
@@ -236,25 +244,31 @@ def _check_alike(m, members):
     values = {k:v for k,v in state.items() if k in params and (v.is_floating_point() or v.is_complex())}
     if all_finite(values.values()): return
     for k,v in values.items():
-        if not all_finite([v]) and not all(torch.equal(v, o[k]) for o in others): raise ValueError(f'{k} has values that are not finite')
+        if not all_finite([v]) and not all(torch.equal(v, o[k]) for o in others):
+            raise ValueError(f'{k} has values that are not finite')
 
 def _check_goes_on(m, model, groups):
     "ValueError where `model` and its optimizer, of so many parameter groups, did not make the member"
     _check_fits(*({own_name(k):v for k,v in o.items()} for o in (_state(model), m['state'])))
     if len(m['peaks'])!=groups:
-        raise ValueError(f'member {m["it"]} is of a fit with {len(m["peaks"])} parameter groups, the optimizer has {groups}: go on with the splitter of that fit')
+        raise ValueError(f'member {m["it"]} is of a fit with {len(m["peaks"])} parameter groups, the optimizer has '
+                         f'{groups}: go on with the splitter of that fit')
 
 def read_members(
     members, # Files, or dicts as they are kept in memory
     its, # The iteration of each
 )->list: # A dict for each, its tensors read when they are used
-    "Members that are looked at as a whole. Raises ValueError, naming the file, for one that is damaged or does not go with the others"
+    """Members that are looked at as a whole.
+
+    Raises ValueError, naming the file, for one that is damaged or does not go with the others."""
     res = [o if isinstance(o, dict) else _read(o) for o in members]
-    for check,args in (_check_member,its),(_check_alike,[res]*len(res)):
-        for o,m,arg in zip(members, res, args):
+    def look(o, m, check, *args):
+        try: check(m, *args)
+        except ValueError as e:
             name = f'member {m["it"]}' if isinstance(o, dict) else o
-            try: check(m, arg)
-            except ValueError as e: raise ValueError(f'{name} is not a member of this ensemble: {e}. Use an earlier copy of it, or take it away') from None
+            raise ValueError(f'{name} cannot be a member: {e}. Use an earlier copy of it, or take it away') from None
+    for o,m,it in zip(members, res, its): look(o, m, _check_member, it)
+    for o,m in zip(members, res): look(o, m, _check_alike, res)
     return res
 
 # %% ../nbs/40_ensemble.ipynb #4dcbfa4f
@@ -280,7 +294,8 @@ class Ensemble(CycleCallback):
         return len(self._members)
     @property
     def members(self)->list:
-        "Parameters and buffers of each, as in training mode, a dict by name; those in files are in memory only as far as they are used. Raises ValueError for a damaged file"
+        """Parameters and buffers of each, as they are in training mode, a dict by name; those in files are in memory
+        only as far as they are used. Raises ValueError for a damaged file."""
         return [self._get(k)['state'] for k in range(self.n_members)]
     def _get(self, k):
         m = self._members[k]
@@ -289,15 +304,16 @@ class Ensemble(CycleCallback):
 # %% ../nbs/40_ensemble.ipynb #4d5c3024
 @patch
 def _put(self:Ensemble, it, member):
-    "Keep a member, in memory or in a file: what stands for it. A file that cannot be written is no reason to lose it, or the training"
+    "Keep a member, in memory or in a file; in memory too if it cannot be written: neither it nor the training is lost"
     if isinstance(self.keep_on, torch.device): return member
-    file,shared = _file(self._folder(), it),self._shared and self.keep_on!='disk'       # temporary files are each process's own
+    file = _file(self._folder(), it)
+    shared = self._shared and self.keep_on!='disk'      # temporary files are each process's own
     def write(meet): return None if shared and rank_distrib() else _refusal(write_file, member, file)
     why,all_ = by_all(write, shared)                    # when all have met, the others may read it
     why = next(filter(None, [why, *(all_ or ())]), None)
     if why is None: return file
-    self._once('write', f'{file} could not be written ({why}): this member is kept in memory, and the training goes on. '
-                        'To keep it, make room and call save(folder) when the fit is over')
+    self._once('write', f'{file} could not be written ({why}): this member is kept in memory, and the training goes '
+                        'on. To have it in a file, make room and call save(folder) when the fit is over')
     return member
 
 @patch(as_prop=True)
@@ -317,7 +333,8 @@ def _check_place(self:Ensemble):
         if isinstance(self.keep_on, Path): _clear(self.keep_on)
     except (OSError,RuntimeError,AssertionError) as e:
         why = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"keep_on='{self.keep_on}': members cannot be kept there ({why}). Try keep_on='cpu', or Path of another folder") from e
+        raise ValueError(f"keep_on='{self.keep_on}': members cannot be kept there ({why}). "
+                         "Try keep_on='cpu', or another folder") from e
 
 @patch
 def _folder(self:Ensemble):
@@ -341,8 +358,10 @@ def _take(self:Ensemble, model):
     on = self.keep_on if isinstance(self.keep_on, torch.device) else torch.device('cpu')
     self._layers = bn_layers(model)
     with uninterrupted(patience=1):
-        with _apart(model): member = dict(state=_copy(_state(model), on), it=self._done, params=list(_params(_state(model))))
-        member.update(peaks=self._peaks.tolist(), moms=None if self._moms is None else [float(o) for o in self._moms])
+        state = _state(model)
+        with _apart(model): copy = _copy(state, on)
+        moms = None if self._moms is None else [float(o) for o in self._moms]
+        member = dict(state=copy, params=list(_params(state)), it=self._done, peaks=self._peaks.tolist(), moms=moms)
         self._members.append(self._put(self._done, member))
         while self.last and self.n_members>self.last: self._drop(0)
 
@@ -354,8 +373,8 @@ def _resume_or_reset(self:Ensemble, model):
         self._check_place()                             # known now, not when the first member comes
         left = _its(self.keep_on) if isinstance(self.keep_on, Path) else []
         if left and not done:
-            raise ValueError(f'{self.keep_on} holds {len(left)} members of an earlier fit: give another folder or empty this one. '
-                             'To use them call load, to go on with that fit start_epoch')
+            raise ValueError(f'{self.keep_on} holds {len(left)} members of an earlier fit: give another folder or empty '
+                             'this one. To use them call load(folder), to go on with that fit give start_epoch')
         members = list(self._members) or [_file(self.keep_on, o) for o in left]
         its = [o['it'] if isinstance(o, dict) else _it(o) for o in members]
         its = [o for o in its if o<=done] if done else []
@@ -371,8 +390,8 @@ def _resume_or_reset(self:Ensemble, model):
         self._moms = None if last.get('moms') is None else list(last['moms'])        # members of 0.3.0 have none
     lost = set([o for o in self._cycles.ends if o<=done][-(self.last or 0):])-set(its)
     if lost:
-        self._once('lost', f'{len(lost)} members of the fit that goes on here are not there: the ensemble will be without them. '
-                           'With keep_on=Path(folder) members outlive a process')
+        self._once('lost', f'{len(lost)} members of the fit that goes on here are not there, and the ensemble will be '
+                           'without them. With keep_on=Path(folder) members outlive a process')
 
 # %% ../nbs/40_ensemble.ipynb #c3d82f29
 @patch
@@ -398,8 +417,9 @@ def _refresh(self:Ensemble, k, layers):
         with lend_state(model, m['state']): stats = stats_that_fit(self.learn, layers, self.bn_batches)
     except Exception as e:
         if not is_out_of_memory(e): raise
-        return self._once('memory', 'there was not enough memory to measure the BatchNorm statistics of each member: those without have the running statistics of their moment. '
-                                    'To try again, make room and call learn.fit(n_epoch, start_epoch=n_epoch, cbs=ens), with the n_epoch of this fit')
+        return self._once('memory', 'there was not enough memory to measure the BatchNorm statistics of each member: '
+                                    'those without have the running statistics of their moment. To try again, call '
+                                    'learn.fit(n_epoch, start_epoch=n_epoch, cbs=ens), with the n_epoch of this fit')
     names,dev = {o:name for name,o in model.named_modules()},next(iter(m['state'].values())).device
     new = {}
     for o,mean,var in zip(stats.layers, stats.means, stats.vars):
@@ -438,8 +458,9 @@ class _Vote(Callback):
             self.targs.append(targs)
         else:
             if not all(map(_same, _leaves(targs), _leaves(self.targs[self.i]))):
-                raise ValueError('the members were shown different items: this DataLoader draws another order, or other random transforms, '
-                                 'each time it is used. Give one for validation, such as learn.dls.test_dl(items, with_labels=True)')
+                raise ValueError('the members were shown different items: this DataLoader draws another order, or '
+                                 'other random transforms, each time it is used. Give one for validation, such as '
+                                 'learn.dls.test_dl(items, with_labels=True)')
             self.sums[self.i] = _tmap(torch.add, self.sums[self.i], cpu)
         if self.seen==self.n:
             mean = _tmap(lambda o,p: o.to(p.device)/self.n, self.sums[self.i], a)
@@ -454,8 +475,8 @@ class _Vote(Callback):
         self.done += 1
         if self.seen!=self.done or (self.done<self.n and self.i!=len(self.sums)): self._cut_short()
     def _cut_short(self):
-        raise RuntimeError('a callback has ended one of the passes over the data before its end, and what the members say about different items has no mean. '
-                           'Leave it out: with learn.removed_cbs(cb): ...')
+        raise RuntimeError('a callback has ended one of the passes over the data before its end, and what the members '
+                           'say about different items has no mean. Leave it out: with learn.removed_cbs(cb): ...')
     def _find(self, pred):
         "Tried on outputs that are made up: real ones may be special, all alike or not finite"
         g = torch.Generator().manual_seed(0)
@@ -470,8 +491,11 @@ class _Vote(Callback):
 def _dl(self:Ensemble, learn, ds_idx, dl):
     "The DataLoader to use, once it is clear that there is something to do with it"
     if not isinstance(learn, Learner):
-        raise TypeError(f'{type(self).__name__} needs the learner, not {type(learn).__name__}: get_preds(learn), validate(learn), predict(learn, item)')
-    if not self._members: raise RuntimeError(f'this {type(self).__name__} has no members yet: pass it to a fit, learn.fit(n_epoch, cbs=ens), or ens.load(folder)')
+        raise TypeError(f'{type(self).__name__} needs the learner, not {type(learn).__name__}: '
+                        'get_preds(learn), validate(learn), predict(learn, item)')
+    if not self._members:
+        raise RuntimeError(f'this {type(self).__name__} has no members yet: pass it to a fit, learn.fit(n_epoch, '
+                           'cbs=ens), or ens.load(folder)')
     if dl is not None: return dl
     if not is_int(ds_idx): return ds_idx                        # a DataLoader without its name
     if ds_idx>=len(learn.dls.loaders): raise ValueError(f'this learner has no DataLoader {ds_idx} (1 is for validation): give dl=')
@@ -567,8 +591,9 @@ def save(self:Ensemble,
 ):
     """Write each member to a file of its own: all of them, or none. Only rank 0 writes.
 
-    Raises RuntimeError without members, ValueError if the folder holds members or one of these is damaged, OSError where the folder cannot be written."""
-    if not self._members: raise RuntimeError('there are no members to save: pass this ensemble to a fit first, learn.fit(n_epoch, cbs=ens)')
+    Raises RuntimeError without members, ValueError if the folder holds members or one of these is damaged, OSError if
+    the folder cannot be written."""
+    if not self._members: raise RuntimeError('there are no members to save: pass this to a fit first, as a callback')
     if rank_distrib(): return
     folder,written = Path(folder),[]
     if _its(folder): raise ValueError(f'{folder} holds members already: give another folder, or empty this one')
@@ -589,10 +614,13 @@ def load(self:Ensemble,
 )->'Ensemble': # The callback itself
     """Use the members in a folder, in place of any present ones; the files stay there.
 
-    Raises FileNotFoundError if there are none, ValueError, naming the file, for one that is damaged or does not go with the others: nothing is changed then."""
+    Raises FileNotFoundError if there are none, ValueError, naming the file, for one that is damaged or does not go with
+    the others: nothing is changed then."""
     folder = Path(folder)
     its = _its(folder)
-    if not its: raise FileNotFoundError(f'{folder} has no members (files such as {_file(".", 100)}): give a folder that save or keep_on=Path(folder) has written')
+    if not its:
+        raise FileNotFoundError(f'{folder} has no members (files such as {_file(".", 100)}): '
+                                'give a folder that save or keep_on=Path(folder) has written')
     files = [_file(folder, o) for o in its]
     read = read_members(files, its)
     own = isinstance(self.keep_on, Path) and self.keep_on.resolve()==folder.resolve()          # then these files are its own to go on with
@@ -631,7 +659,8 @@ class SnapshotEnsemble(Ensemble):
     def _begun(self):
         self._top,n = None,len(self._cycles.ends)
         if n and n<self.n_cycles:
-            self._once('few', f'{self.n_cycles} cycles of whole iterations do not fit into {self._cycles.ends[-1]}: there will be {n}, each of ceil(T/M) iterations')
+            self._once('few', f'{self.n_cycles} cycles of whole iterations do not fit into {self._cycles.ends[-1]}: '
+                              f'there will be {n}, each of ceil(T/M) iterations')
     def _rates(self, it):
         if not self._cycles.ends: return None
         if self._top is None:
@@ -670,7 +699,8 @@ class FGE(Ensemble):
         _check_fge(.8 if start is None else start, cycle_len)
         for k,v in dict(lr_max=lr_max, lr_min=lr_min).items():
             if v is not None: _check_lr(k, v)
-        if is_num(lr_max) and is_num(lr_min) and lr_max<lr_min: raise ValueError(f'lr_min={lr_min} is above lr_max={lr_max}: swap them')
+        if is_num(lr_max) and is_num(lr_min) and lr_max<lr_min:
+            raise ValueError(f'lr_min={lr_min} is above lr_max={lr_max}: swap them')
         super().__init__(last, keep_on, bn_batches)
         self.start,self.lr_max,self.lr_min,self.cycle_len = start,lr_max,lr_min,cycle_len
 
@@ -692,7 +722,8 @@ class FGE(Ensemble):
             self._lo = self._hi/100 if self.lr_min is None else group_lrs(self.lr_min, self._peaks, 'lr_min')
             self._check_zero(self._hi)
             if (self._hi<self._lo).any():
-                self._once('rising', f'lr_min={self.lr_min} is above lr_max, which is {self._hi.max():.2g} here: members are taken where the rate is highest. Give both')
+                self._once('rising', f'lr_min={self.lr_min} is above lr_max, which is {self._hi.max():.2g} here: '
+                                     'members are taken where the rate is highest. Give both')
         n = 2*(c.ends[0]-c.begin)
         return fge_lr(((it-c.begin)%n+1)/n, self._hi, self._lo)
     def plot_sched(self, ax=None):
