@@ -439,6 +439,7 @@ def _same(a, b): return a.shape==b.shape and bool(((a==b)|((a!=a)&(b!=b))).all()
 class _Vote(Callback):
     "Adds up the members' activations, batch by batch; in the last pass their mean takes the place of the prediction"
     order = 1000
+    __setattr__ = object.__setattr__       # an attribute of somebody's model that is named so is no reason for a warning
     def __init__(self, n, act, inv, bar, check):
         self.n,self.act,self.inv,self.bar,self.check = n,act,inv,bar,check
         self.sums,self.targs,self.seen,self.done,self.i = [],[],0,0,0

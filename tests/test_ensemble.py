@@ -779,6 +779,14 @@ def test_a_full_disk_does_not_end_the_training(keep_on, tmp_path, monkeypatch, r
     ens.save(tmp_path/'all')
     assert all(alike(a,b) for a,b in zip(SnapshotEnsemble().load(tmp_path/'all').members, ref.members))
 
+def test_a_disk_that_is_full_for_one_process_is_full_for_all(tmp_path, monkeypatch):
+    "The first one writes for all of a distributed fit: where it cannot, none may expect a file"
+    ens = SnapshotEnsemble(2, keep_on=tmp_path/'m')
+    monkeypatch.setattr(ensemble, 'by_all', lambda run, shared: (run(None), ['No space left', None]))
+    monkeypatch.setattr(ensemble.Ensemble, '_by_all', lambda self, f: f())
+    with pytest.warns(UserWarning, match='No space left.*kept in memory'): fitted(ens, 2)
+    assert all(isinstance(o, dict) for o in ens._members) and ens.n_members==2
+
 def test_a_member_that_cannot_be_removed_does_not_end_the_training(tmp_path, monkeypatch):
     ens = SnapshotEnsemble(4, last=2, keep_on=tmp_path/'m')
     unlink = Path.unlink
