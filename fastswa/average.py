@@ -6,15 +6,17 @@
 __all__ = ['WeightAverage']
 
 # %% ../nbs/00_average.ipynb #33e7c28f
-import signal, threading, warnings
 from collections import defaultdict
-from contextlib import contextmanager
-from functools import partial
-from operator import is_
+from collections.abc import Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial, reduce
+from operator import add, is_
 
 import torch
 from torch import nn
 from fastcore.basics import patch
+
+from .utils import get_modes, is_int, plain_number, set_modes, uninterrupted, warn_user
 
 # %% ../nbs/00_average.ipynb #6ea387c9
 def _wide(dtype):
@@ -26,7 +28,8 @@ def _wide(dtype):
 def unwrap(
     model:nn.Module, # A module, perhaps wrapped by `torch.compile`, `DataParallel` or `DistributedDataParallel`
 )->nn.Module: # The module inside all wrappers
-    "The user's own module"
+    "The user's own module. Raises TypeError for what is no module"
+    if not isinstance(model, nn.Module): raise TypeError(f'give a model (an nn.Module), not {type(model).__name__}: that of a Learner is learn.model')
     while True:
         if hasattr(model, '_orig_mod'): model = model._orig_mod
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
@@ -43,6 +46,28 @@ def _averaged(model):
     if not res: raise ValueError('the model has no floating point parameters: there is nothing to average')
     return res
 
+# %% ../nbs/00_average.ipynb #22bb7817
+def movers(model):
+    "Modules that may rearrange their weights in `eval()`, outer ones first"
+    return [m for m in model.modules() if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
+
+@contextmanager
+def as_trained(
+    model:nn.Module, # Any module
+    found:list=None, # What `movers` has found in it. None: looked for now
+):
+    "Inside the block the weights of `model` are arranged as in training, whatever `eval()` has made of them; its modes are the same after it. Gives whether that changed anything"
+    away = [m for m in (movers(model) if found is None else found) if not m.training]
+    if not away:
+        yield False
+        return
+    modes = get_modes(model)
+    try:
+        for m in away:
+            if not m.training: m.train()
+        yield True
+    finally: set_modes(modes)
+
 # %% ../nbs/00_average.ipynb #177d316c
 class _Parts:
     "Remember the modules and parameters of `model`, to see later whether any was replaced"
@@ -50,6 +75,8 @@ class _Parts:
         self.dicts = [d for m in model.modules() for d in (m._modules, m._parameters) if isinstance(d, dict)]   # TorchScript has none
         self.sizes = list(map(len, self.dicts))
         self.links = list(zip(*((d,k,v) for d in self.dicts for k,v in d.items()))) or [(),(),()]
+        self.movers = movers(model)
+        self.trimmed = {m.weight:m for m in model.modules() if isinstance(m, (nn.Embedding,nn.EmbeddingBag)) and m.max_norm is not None}
 
     def same(self):
         ds,ks,vs = self.links
@@ -98,6 +125,36 @@ def _zeros_like(params):
 # %% ../nbs/00_average.ipynb #a6d72b21
 def _real(t): return torch.view_as_real(t) if t.is_complex() else t
 
+def _joined(tensors):
+    "Fewer tensors with the same values: tiny ones of a kind are copied side by side, as many as fill a buffer"
+    res,filling = [],{}
+    for t in map(_real, tensors):
+        n,kind = t.numel(),(t.dtype,t.device)
+        if n>=_TINY: res.append([t])
+        elif n:
+            size,group = filling.get(kind, (_CHUNK,None))
+            if size+n>_CHUNK:
+                size,group = 0,[]
+                res.append(group)
+            group.append(t if t.dim()==1 else t.reshape(-1))
+            filling[kind] = size+n,group
+    return [g[0] if len(g)==1 else torch.cat(g) for g in res]
+
+def _are_finite(scalars):
+    groups = defaultdict(list)
+    for t in scalars: groups[t.dtype,t.device].append(t)
+    return all(bool(torch.stack(g).isfinite().all()) for g in groups.values())    # one wait for each device and type, not one for each tensor
+
+@torch.no_grad()
+def all_finite(
+    tensors, # Tensors, floating point or complex
+)->bool: # False if any value is infinite or not a number
+    "Whether every value is a number, found without a temporary of the tensors' size"
+    ts = _joined(tensors)
+    if _are_finite([t.sum() for t in ts if t.dtype==_wide(t.dtype)]): ts = [t for t in ts if t.dtype!=_wide(t.dtype)]    # their sum would need a copy
+    return _are_finite([o for t in ts for o in t.aminmax()])                      # slower, but large numbers do not add up to infinity
+
+# %% ../nbs/00_average.ipynb #045e04c6
 def _take_plain(avgs, ws, t): torch._foreach_copy_(avgs, ws) if t==1 else torch._foreach_lerp_(avgs, ws, t)
 
 def _take_tiny(avg, scratch, ws, t):
@@ -108,6 +165,12 @@ def _take_narrow(avg, scratch, w, t):
     for a,o in zip(avg.split(_CHUNK), w.split(_CHUNK)):
         o = scratch[:o.numel()].copy_(o)
         a.copy_(o) if t==1 else a.lerp_(o, t)
+
+def _keep(olds, avgs, t): torch._foreach_copy_(olds, avgs)
+
+def _put_back(olds, avgs, ws, t):
+    if t==1: return
+    for o,a,w in zip(olds, avgs, ws): a.copy_(torch.where(o==w, o, a))
 
 def _plan(avgs, params):
     "Functions of the step size `t` that together move `avgs` towards `params`; whatever they need is allocated here"
@@ -123,30 +186,38 @@ def _plan(avgs, params):
         if not _is_dense(p): res.append(partial(_take_plain, [a], [p.detach()])); continue
         if (a.dtype,a.device) not in scratch: scratch[a.dtype,a.device] = a.new_empty(_CHUNK)
         res.append(partial(_take_narrow, _flat(a), scratch[a.dtype,a.device], _flat(p)))
-    return res
+    if all_finite(params): return res
+    odd = [i for i,p in enumerate(params) if not all_finite([p])]
+    olds,avgs = [torch.empty_like(avgs[i]) for i in odd],pick(avgs,odd)
+    return [partial(_keep, olds, avgs), *res, partial(_put_back, olds, avgs, pick(params,odd))]
 
 # %% ../nbs/00_average.ipynb #44632f2d
-def _checksum(ts):
-    "An exact fingerprint of tensors: their bytes added up as integers, whatever the order"
-    ints = {1:torch.int8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
-    return sum(_real(t.detach()).contiguous().view(ints[_real(t).dtype.itemsize]).sum(dtype=torch.int64) for t in ts if t.numel()).item()
+_ints = {1:torch.int8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
-def _by_kind(ts):
-    groups = defaultdict(list)
-    for t in ts: groups[t.dtype,t.device].append(t)
-    return groups.values()
+def _byte_sum(t, dtype):
+    "The bytes of a real `t`, rounded to `dtype`, added up as integers, whatever their order"
+    t = _flat(t) if _is_dense(t) else t.detach().reshape(-1)
+    return reduce(add, [o.to(dtype).view(_ints[dtype.itemsize]).sum(dtype=torch.int64) for o in t.split(_CHUNK)])
 
-def all_finite(
-    tensors, # Tensors, floating point or complex
-)->bool: # False if any value is infinite or not a number
-    "Whether every value is a number, found without a temporary of the tensors' size"
-    ts = [_real(t.detach()) for t in tensors if t.numel()]
-    tiny,plain,narrow = _sort(ts)
-    ts = [torch.cat([ts[i].reshape(-1) for i in idxs]) for idxs in tiny]+[ts[i] for i in [*sum(plain,[]), *narrow]]
-    wide = [t for t in ts if t.dtype==_wide(t.dtype)]                             # the sum of others would need a copy
-    if all(bool(torch.stack(g).isfinite().all()) for g in _by_kind([t.sum() for t in wide])): ts = [t for t in ts if t.dtype!=_wide(t.dtype)]
-    ends = [o for t in ts for o in t.aminmax()]                                   # slower, but large numbers do not add up to infinity
-    return all(bool(torch.stack(g).isfinite().all()) for g in _by_kind(ends))     # one wait for each device and type, not one for each tensor
+def _fingerprints(
+    ts, # Tensors
+    dtype=None, # As if they had this type. None, and complex ones: their own
+)->list: # An exact fingerprint of each: type and sum of bytes
+    types,sums = [],[]
+    for t in ts:
+        own = dtype is None or t.is_complex()
+        types.append(t.dtype if own else dtype)
+        sums.append(_byte_sum(_real(t), _real(t).dtype if own else dtype))
+    return list(zip(types, torch.stack([o.to(sums[0].device) for o in sums]).tolist()))     # one wait for all
+
+def _trim(w, emb):
+    "The weight `w` as forward passes of `emb`, an `Embedding(max_norm=)`, leave it when they have used every row"
+    w,rows = w.detach().clone(),torch.arange(len(w), device=w.device)
+    for _ in range(10):                # a trimmed row may be too long by a rounding still
+        before = w.clone()
+        torch.embedding_renorm_(w, rows, emb.max_norm, emb.norm_type)
+        if w.equal(before): break
+    return w
 
 # %% ../nbs/00_average.ipynb #c8e81079
 class WeightAverage:
@@ -156,8 +227,10 @@ class WeightAverage:
     length of a `with` block, by pointer; `apply(model)` and `restore(model)` put it in for good and take it out again, by value
     and in place; `copy_to(other)` writes it into any model of the same architecture.
     One set of weights is held, in float32 at least (plus at most 1 MB of scratch per kind of weight), and no update allocates memory;
-    while the mean is in a half-precision model, the weights it replaced are held beside it.
-    Raises ValueError for a model without floating point parameters or with lazy ones. Source: Izmailov et al. 2018, Algorithm 1."""
+    while the mean is in a half-precision model, the weights it replaced are held beside it. Modules that rearrange their weights in `eval()`
+    are brought into training mode for the moment in which weights are read or written.
+    Raises TypeError for what is no module (of a Learner give `learn.model`), ValueError for a model without floating point parameters
+    or with lazy ones. Source: Izmailov et al. 2018, Algorithm 1."""
     _kept = {} # while the mean is inside: the exact mean of half-precision weights, by index
     def __init__(self,
         model:nn.Module, # The model whose weights will be averaged; nothing is taken in yet
@@ -168,6 +241,13 @@ class WeightAverage:
         self._parts = _Parts(self._model)
         self._others = _zeros_like(self._params)  # the mean or, while the mean is in the model, the weights it replaced
         self._layout,self._ptrs,self._watched = self._get_layout(),None,[]
+
+    def __repr__(self):
+        size = sum(a.numel() for a in self._others)
+        size = f'{size/10**6:.1f}M' if size>=10**6 else f'{size:,}'
+        return f'WeightAverage(n={self.n}, {len(self.names)} tensors, {size} weights{", in the model"*self.inside})'
+
+    def _as_trained(self): return as_trained(self._model, self._parts.movers)
 
     def _get_layout(self): return [(p.dtype,p.device,p.stride()) for p in self._params]
 
@@ -218,51 +298,50 @@ def update(self:WeightAverage,
 ):
     """Take the weights of `model` into the mean, as snapshot number `n+1`.
 
-    Raises ValueError for replaced layers or another architecture, RuntimeError while the mean is in the model."""
+    Raises ValueError for replaced layers or another architecture, RuntimeError while the mean is in the model, TypeError for a Learner."""
+    own = self._check(model)
     if self.inside: raise RuntimeError('the average is in the model now: restore(model) before going on')
-    if self._check(model):
-        if self._get_ptrs()!=self._ptrs: self._follow()
-        steps = self._steps
-    else: steps = _plan(self._others, self._match(model))
-    for f in steps: f(1/(self.n+1))
-    self.n += 1
+    params = None if own else self._match(model)
+    with uninterrupted(), self._as_trained() if own else as_trained(model):
+        if own and self._get_ptrs()!=self._ptrs: self._follow()
+        for f in self._steps if own else _plan(self._others, params): f(1/(self.n+1))
+        self.n += 1
 
 @patch(as_prop=True)
 def average(self:WeightAverage):
-    "The mean: tensors in the order of `names`, shaped as the parameters, not copies. Raises RuntimeError if the model changed since `apply`"
+    "The mean: tensors in the order of `names`, shaped as the parameters, copied only where they must be. Raises RuntimeError if the model changed since `apply`"
     if not self.inside: return self._others
     self._still_inside()
-    return [self._kept.get(i, p.detach()) for i,p in enumerate(self._params)]
-
-# %% ../nbs/00_average.ipynb #c20ec15d
-@contextmanager
-def _uninterrupted():
-    "Ctrl-C waits for the end of the block: half an exchange would be worse than none"
-    if threading.current_thread() is not threading.main_thread(): yield; return   # signals come to the main thread only
-    came,old = [],signal.getsignal(signal.SIGINT)
-    if not callable(old): yield; return
-    signal.signal(signal.SIGINT, lambda *args: came.append(args))
-    try: yield
-    finally: signal.signal(signal.SIGINT, old)
-    if came: old(*came[0])
+    with uninterrupted(), self._as_trained() as rearranged:
+        res = [self._kept.get(i, p.detach().to(_wide(p.dtype))) for i,p in enumerate(self._params)]
+        return [o.clone() for o in res] if rearranged else res
 
 # %% ../nbs/00_average.ipynb #f866fee0
 @contextmanager
 def lend(
     params, # Parameters
     values, # As many tensors of their shapes, of any type, on any device
+    trained=nullcontext, # Makes the context in which they are exchanged: `partial(as_trained, model)` where modules may rearrange their weights in `eval()`
 ):
     "Inside the block the parameters have these values, their own again after it: pointers are exchanged, and only what has another type or device is copied"
-    own = [p.data for p in params]
-    try:
-        with _uninterrupted():
+    params,values,own = list(params),list(values),[]
+    def put():
+        with uninterrupted(), trained():
+            own.extend(p.data for p in params)
             for p,v in zip(params,values): p.data = v.detach() if (v.dtype,v.device)==(p.dtype,p.device) else v.to(p.device, p.dtype)
             torch.clear_autocast_cache()      # an autocast keeps its own copies of the weights as long as it lasts
-        yield
-    finally:
-        with _uninterrupted():
+    def take_back():
+        if not own: return
+        with uninterrupted(), trained():
             for p,o in zip(params,own): p.data = o
+            own.clear()
             torch.clear_autocast_cache()
+    try:
+        try:
+            put()
+            yield
+        finally: take_back()
+    finally: take_back()                      # for a Ctrl-C on the way to the first
 
 # %% ../nbs/00_average.ipynb #64509fde
 @patch
@@ -271,38 +350,83 @@ def swapped(self:WeightAverage,
     model:nn.Module, # The model this average was made for
 ):
     """Lend the mean to `model` inside a `with` block: pointers are exchanged, nothing is copied (half-precision weights
-    excepted: they get the mean rounded to their type). Whatever ends the block, the model has its own weights after it.
-    Raises RuntimeError before the first `update`, ValueError for a model it was not made for."""
+    excepted: they get the mean rounded to their type; and an `Embedding(max_norm=)`, which writes into its weight).
+    Whatever ends the block, the model has its own weights after it. Raises RuntimeError before the first `update` or if the
+    model changed since `apply`, ValueError for a model it was not made for, TypeError for a Learner."""
+    own = self._check(model)
     self._need()
-    if not self._check(model): raise ValueError('swapped() lends the mean to the model it was made for: use copy_to(model) for another one')
-    if self.inside: yield model; return
-    with lend(self._params, self._others): yield model
+    if not own: raise ValueError('swapped() lends the mean to the model it was made for: use copy_to(model) for another one')
+    if self.inside:
+        self._still_inside()
+        yield model
+        return
+    values,trimmed = self._others,self._parts.trimmed
+    if trimmed: values = [a.clone() if p in trimmed else a for p,a in zip(self._params,values)]
+    with lend(self._params, values, self._as_trained): yield model
 
 # %% ../nbs/00_average.ipynb #854ecaae
 @patch
 @torch.no_grad()
 def _exchange(self:WeightAverage):
     "Model and mean exchange values in place, a chunk at a time"
-    if self._get_layout()!=self._layout: self._follow()
+    moved = self._get_layout()!=self._layout
+    if moved: self._follow()
     seen = set()
     for i,(p,a) in enumerate(zip(self._params,self._others)):
         if (p.data_ptr(),p.shape) in seen: continue   # weights tied by their memory: exchanged once
         seen.add((p.data_ptr(),p.shape))
         if i in self._kept: p.copy_(a); self._others[i] = self._kept.pop(i)
-        elif p.dtype!=a.dtype:      # the exact mean is kept too: once rounded it would not come back
+        elif p.dtype!=a.dtype and not self.inside:      # the exact mean is kept too: once rounded it would not come back
             self._others[i],self._kept[i] = p.detach().clone(),a
             p.copy_(a)
-        elif _is_dense(p) and p.stride()==a.stride():
+        elif _is_dense(p) and p.stride()==a.stride() and p.dtype==a.dtype:
             for x,y in zip(_flat(p).split(_CHUNK), _flat(a).split(_CHUNK)):
                 tmp = x.clone(); x.copy_(y); y.copy_(tmp)
         else: tmp = p.detach().clone(); p.copy_(a); a.copy_(tmp)
+    if moved and self.inside:
+        self._layout = None             # what was kept since before the model moved lies in tensors of its own
+        self._follow()
     torch.clear_autocast_cache()
 
 # %% ../nbs/00_average.ipynb #9e2a0dfd
 @patch
+def _seen(self:WeightAverage, p, dtype=None):
+    "A parameter as fingerprints see it: the rows of an `Embedding(max_norm=)` trimmed, as they would be in `dtype`"
+    emb = self._parts.trimmed.get(p)
+    return p if emb is None else _trim(p if dtype is None else p.detach().to(dtype), emb)
+
+@patch
+def _unsteady(self:WeightAverage):
+    "Indices of parameters that the modules' own `eval()` and `train()` do not bring back to the bit"
+    if not self._parts.movers: return []
+    modes,before = get_modes(self._model),_fingerprints(self._params)
+    try:
+        for m in self._parts.movers:
+            if m.training: m.eval()
+        for m in self._parts.movers:
+            if not m.training: m.train()
+    finally: set_modes(modes)
+    return [i for i,(a,b) in enumerate(zip(before, _fingerprints(self._params))) if a!=b]
+
+@patch
+def _recognise(self:WeightAverage):
+    "The model, in training mode, holds the mean: remember what that looks like, and what it will look like when somebody rounds it"
+    prints = [_fingerprints((self._seen(p, t) for p in self._params), t) for t in (None,torch.float16,torch.bfloat16)]
+    self._prints = [set(o) for o in zip(*prints)]
+    for i in self._unsteady(): self._prints[i] = None      # each merge rounds: bytes do not tell that from training
+
+@patch
+def _is_mean(self:WeightAverage, p, now, prints):
+    "Whether the parameter `p` with the fingerprint `now` is the mean, or the mean in a wider type"
+    if prints is None or now in prints: return True
+    return any(p.detach().to(t).to(p.dtype).equal(p) and (t,n) in _fingerprints([self._seen(p, t)], t) for t,n in prints if t!=p.dtype)
+
+@patch
 def is_inside(self:WeightAverage)->bool: # False before `apply`, and if the model was changed after it
-    "Whether the model holds the mean now"
-    return self.inside and _checksum(self._params) in self._sums
+    "Whether the model holds the mean now, perhaps converted to another type"
+    if not self.inside: return False
+    with uninterrupted(), self._as_trained():
+        return all(map(self._is_mean, self._params, _fingerprints(map(self._seen, self._params)), self._prints))
 
 @patch
 def _still_inside(self:WeightAverage):
@@ -316,42 +440,53 @@ def apply(self:WeightAverage,
 ):
     """Put the mean into `model` for good, in place; the weights it replaces are kept for `restore`. A second call does nothing.
 
-    Raises RuntimeError before the first `update`, or if the model changed since an earlier `apply`; ValueError for a model it was not made for."""
+    Raises RuntimeError before the first `update`, or if the model changed since an earlier `apply`; ValueError for a model it was not made for,
+    TypeError for a Learner."""
+    own = self._check(model)
     self._need()
-    if not self._check(model): raise ValueError('apply() exchanges with the model this average was made for: use copy_to(model) for another one')
+    if not own: raise ValueError('apply() exchanges with the model this average was made for: use copy_to(model) for another one')
     if self.inside: return self._still_inside()
-    self._kept = {}
-    with _uninterrupted():
+    with uninterrupted(), self._as_trained():
+        self._kept,self._prints = {},[()]*len(self._params)
         self._exchange()
-        self.inside,self._sums = True,{_checksum(self._params)}
+        self.inside = True
+        self._recognise()
 
 @patch
 def restore(self:WeightAverage,
     model:nn.Module, # The model this average was made for
+    force:bool=False, # Also if the model was changed since `apply`: the change and the mean are lost
 ):
     """Give `model` back the weights that `apply` replaced; without an `apply` before, nothing happens.
 
-    If the model was changed after `apply`, that change and the mean are lost, and a warning says so. Raises ValueError for another model."""
+    A conversion to another type is no change: the mean stays, as rounded as the model was.
+    Raises RuntimeError if the model was changed otherwise, unless `force`; ValueError for another model, TypeError for a Learner."""
+    model = unwrap(model)
     if not self.inside: return
     if not self._check(model): raise ValueError('restore() works on the model that apply() changed')
     lost = not self.is_inside()
-    with _uninterrupted():
+    if lost and not force:
+        raise RuntimeError(f'the model has changed since the mean of {self.n} snapshots was put into it (trained on, or another file loaded), and restore() '
+                           'would undo that. Save the model, or train on from it as it is: a new WeightAverage(model) averages again. '
+                           'restore(model, force=True) gives back the weights from before apply(); the change and the mean are lost then.')
+    with uninterrupted(), self._as_trained():
         self._exchange()
-        self.inside = False
-    if lost:
-        warnings.warn(f'the model was changed after the mean of {self.n} snapshots was put into it: its own weights are back, the change is undone, the mean is gone')
-        self.n = 0
+        self.inside,self.n = False,0 if lost else self.n
+    if lost: warn_user('the weights from before apply() are back in the model: what had changed since then is undone, and the mean is gone')
 
 @patch
 def _adopt(self:WeightAverage, n):
     "What has been loaded into the model since `apply` is the mean from now on, that of `n` snapshots"
-    for i in self._kept: self._kept[i].copy_(self._params[i].detach())
-    self._sums,self.n = {_checksum(self._params)},n
+    with uninterrupted(), self._as_trained():
+        for i in self._kept: self._kept[i].copy_(self._params[i].detach())
+        self._recognise()
+        self.n = n
 
 @patch
 def _also(self:WeightAverage, values):
     "While the mean is inside: parameters that have become `values` are the mean still, rounded by somebody else"
-    self._sums.add(_checksum(values))
+    for o,new in zip(self._prints, _fingerprints(values)):
+        if o is not None: o.add(new)
 
 # %% ../nbs/00_average.ipynb #f73b291b
 @patch
@@ -359,10 +494,15 @@ def _also(self:WeightAverage, values):
 def copy_to(self:WeightAverage,
     model:nn.Module, # Any model with parameters of the same names and shapes
 )->nn.Module: # The same model
-    "Write the mean into `model`, rounded to its types; its buffers are left alone. Raises RuntimeError before the first `update`, ValueError for another architecture"
+    """Write the mean into `model`, rounded to its types; its buffers are left alone.
+
+    Raises RuntimeError before the first `update`, ValueError for another architecture, TypeError for a Learner."""
+    params = self._match(model)
     self._need()
-    for p,a in zip(self._match(model), self.average): p.copy_(a)
-    torch.clear_autocast_cache()
+    mean = self.average
+    with uninterrupted(), as_trained(model):
+        for p,a in zip(params,mean): p.copy_(a)
+        torch.clear_autocast_cache()
     return model
 
 # %% ../nbs/00_average.ipynb #6850b5fe
@@ -372,14 +512,35 @@ def state_dict(self:WeightAverage)->dict:
     return dict(n=self.n, average=dict(zip(self.names, self.average)) if self.n else {})
 
 @patch
+def _read(self:WeightAverage, state):
+    "Count and mean in a saved state, the latter in the order of `names`; TypeError or ValueError where it is none"
+    if not isinstance(state, Mapping): raise TypeError(f'state: give the dict that state_dict() returned, not {type(state).__name__}')
+    missing = {'n','average'}-set(state)
+    if missing: raise ValueError(f'not the state of an average: it has no {sorted(missing)}')
+    n,saved = plain_number(state['n']),state['average']
+    if not is_int(n) or n<0: raise ValueError(f'the state of an average with n={n!r} snapshots: a whole number, 0 or more, was expected')
+    if n==0: return 0,[]
+    if not isinstance(saved, Mapping) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k,v in saved.items()):
+        raise TypeError('the saved average is not a dict of tensors by name: give the dict that state_dict() returned')
+    saved = {own_name(k):v for k,v in saved.items()}
+    self._same_names(saved, 'the saved average is of another architecture')
+    for k,p in zip(self.names,self._params):
+        o = saved[k]
+        if o.is_complex()!=p.is_complex() or o.is_floating_point()!=p.is_floating_point(): raise ValueError(f'the saved average of {k} has type {o.dtype}, the model {p.dtype}')
+        if not (all_finite([o]) or (not p.requires_grad and not o.isnan().any())): raise ValueError(f'the saved average of {k} is not finite: of a training that diverged?')
+    return n,[saved[k] for k in self.names]
+
+@patch
 @torch.no_grad()
 def load_state_dict(self:WeightAverage,
     state:dict, # From `state_dict`, perhaps of another process
 ):
-    "Go on from a saved mean. Raises ValueError if its names or shapes are not this model's, RuntimeError while the mean is in the model"
+    """Go on from a saved mean.
+
+    Raises TypeError or ValueError for what is no such state, or of other names or shapes than this model's, RuntimeError while the mean
+    is in the model; nothing has changed then."""
     if self.inside: raise RuntimeError('the average is in the model now: restore(model) before loading another')
-    if state['n']:
-        saved = {own_name(k):v for k,v in state['average'].items()}
-        self._same_names(saved, 'the saved average is of another architecture')
-        for k,a in zip(self.names,self._others): a.copy_(saved[k])
-    self.n = state['n']
+    n,mean = self._read(state)
+    with uninterrupted():
+        for a,o in zip(self._others,mean): a.copy_(o)
+        self.n = n

@@ -76,14 +76,15 @@ def layer_names(model, layers):
 
 def _check_scripted(model):
     hidden = [m.original_name for m in model.modules() if isinstance(m, torch.jit.ScriptModule) and 'BatchNorm' in m.original_name]
-    if hidden: warn_user(f'{len(hidden)} BatchNorm layers are inside a TorchScript module, where no refresh can reach them: their '
-                         'statistics stay those of the last weights. Average the model before scripting it.')
+    if hidden: warn_user(f'{len(hidden)} BatchNorm layers are inside a TorchScript module, where no refresh can '
+                         'reach them: their statistics stay those of the last weights. Average before scripting.')
 
 def _check_lazy(model, layers):
     lazy = [m for m in layers if is_lazy(m.running_mean)]
     if not lazy: return
     name = next((k for k,m in innermost(model).named_modules() if m is lazy[0]), '?')
-    raise ValueError(f'{name}.running_mean has no values yet (a lazy module): run one batch through the model before its statistics are measured'.lstrip('.'))
+    raise ValueError(f'{name}.running_mean'.lstrip('.')+' has no values yet (a lazy module): '
+                     'run one batch through the model before its statistics are measured')
 
 # %% ../nbs/20_batchnorm.ipynb #72c8e1aa
 class BNStats:
@@ -99,10 +100,11 @@ class BNStats:
 
     @torch.no_grad()
     def install(self):
-        "Write the statistics into the layers, in place: all of them or none. Raises ValueError for statistics of other sizes"
+        "Write the statistics into the layers, in place, all or none. Raises ValueError for statistics of other sizes"
         for m,mean,var in zip(self.layers, self.means, self.vars, strict=True):
             if not mean.shape==var.shape==m.running_mean.shape:
-                raise ValueError(f'statistics of {tuple(mean.shape)} channels for a layer of {tuple(m.running_mean.shape)}: these belong to another model')
+                raise ValueError(f'statistics of shape {tuple(mean.shape)} for a layer of shape '
+                                 f'{tuple(m.running_mean.shape)}: these belong to another model')
         with uninterrupted():
             for m,mean,var in zip(self.layers, self.means, self.vars):
                 m.running_mean.copy_(mean)
@@ -126,14 +128,16 @@ class _LastLayerSeen(CancelBatchException): "The rest of this forward pass is of
 class _Measure:
     "Collects the population statistics of the inputs of `layers` over forward passes within `listening`"
     def __init__(self, layers):
-        self.layers,self.sizes = layers,[m.running_mean.numel() for m in layers]      # a lazy layer with loaded statistics has num_features 0
+        # not num_features, which is 0 in a lazy layer whose statistics were loaded
+        self.layers,self.sizes = layers,[m.running_mean.numel() for m in layers]
         dev = layers[0].running_mean.device
         self.dev = torch.device('cpu') if dev.type=='mps' else dev           # mps has no float64
         self.at = np.cumsum([0,*self.sizes])
         self.mean,self.m2 = (torch.zeros(sum(self.sizes), dtype=torch.float64, device=self.dev) for _ in range(2))
         self.n = torch.zeros(len(layers), dtype=torch.float64)               # elements per channel so far, by layer
         self.now = {}                                                        # the same for the batch at hand
-        self.reused,self.batches,self.may_stop,self.cut = False,0,True,''                # cut: what ended the pass before its time
+        self.reused,self.batches,self.may_stop = False,0,True
+        self.cut = ''                                                        # what ended the pass before its time
         self.synced = {k:m.process_group for k,m in enumerate(layers) if isinstance(m, nn.SyncBatchNorm)} if n_processes()>1 else {}
 
     def _add(self, ks):
@@ -220,7 +224,8 @@ class _Measure:
     def result(self, model)->BNStats:
         "What was measured; layers that saw no data or gave no finite numbers keep what they had, and a warning says so"
         names = {m:k for k,m in innermost(model).named_modules()}
-        unseen = [names.get(m,'?') for k,m in enumerate(self.layers) if self.n[k]==0 and self.sizes[k]]      # fastai's TabularModel has a layer for no columns
+        # fastai's TabularModel has a layer for no columns
+        unseen = [names.get(m,'?') for k,m in enumerate(self.layers) if self.n[k]==0 and self.sizes[k]]
         means,vars,bad = [],[],[]
         for k,m in enumerate(self.layers):
             sl = slice(self.at[k], self.at[k+1])
@@ -229,9 +234,11 @@ class _Measure:
             if self.n[k]>0 and not ok: bad.append(names.get(m,'?'))
             means.append(mean.to(m.running_mean) if ok else self.start.means[k])
             vars .append(var .to(m.running_var)  if ok else self.start.vars[k])
-        if self.batches==0: warn_user(f"{self.cut or _no_batch}: BatchNorm statistics are left as they were")
-        elif unseen: warn_user(f'{len(unseen)} BatchNorm layers saw no data in the refresh and keep the statistics they had: {", ".join(unseen[:3])}')
-        if bad: warn_user(f'the inputs of {len(bad)} BatchNorm layers were not finite, they keep the statistics they had: {", ".join(bad[:3])}')
+        if self.batches==0: warn_user(f'{self.cut or _no_batch}: BatchNorm statistics are left as they were')
+        elif unseen: warn_user(f'{len(unseen)} BatchNorm layers saw no data in the refresh and keep the statistics '
+                               f'they had: {", ".join(unseen[:3])}')
+        if bad: warn_user(f'the inputs of {len(bad)} BatchNorm layers were not finite, they keep the statistics '
+                          f'they had: {", ".join(bad[:3])}')
         return BNStats(self.layers, means, vars)
 
 # %% ../nbs/20_batchnorm.ipynb #b7ef7556
@@ -242,25 +249,30 @@ def _stateful(dl):
         elif isinstance(dl, torch.utils.data.DataLoader): yield from (dl, dl.sampler, dl.batch_sampler, getattr(dl.batch_sampler,'sampler',None))
         dl = vars(dl).get('dl') if hasattr(dl,'__dict__') else None    # a distributed loader wraps another
 
-_made_of = 'dataset datasets tls tfms fs transform transforms target_transform after_item before_batch after_batch'.split()
+_made_of = ['dataset', 'datasets', 'tls', 'tfms', 'fs', 'transform', 'transforms', 'target_transform',
+            'after_item', 'before_batch', 'after_batch']
+
+def _is_list(o): return type(o) in (list,tuple,L)      # what is derived from these may read its items from a disk
 
 def _parts(o, seen):
     "`o` and all that it is made of and that may keep a random stream: data sets in data sets, transforms in pipelines"
-    if type(o) in (list,tuple,L):
+    if _is_list(o):
         for x in o: yield from _parts(x, seen)
     elif hasattr(o,'__dict__') and id(o) not in seen:
         seen.add(id(o))
         yield o
         for k in _made_of:
-            if k in vars(o) and not (k=='dataset' and type(vars(o)[k]) in (list,tuple,L)): yield from _parts(vars(o)[k], seen)     # such a list holds items
+            v = vars(o).get(k)
+            if not (k=='dataset' and _is_list(v)): yield from _parts(v, seen)      # such a list holds items
 
 _streams = {random.Random: ('getstate','setstate'), torch.Generator: ('get_state','set_state'), np.random.RandomState: ('get_state','set_state')}
 
 def _undo(v):
     "Function and argument that put `v` back to what it is now; None for what is no random stream"
-    if isinstance(v, random.SystemRandom): return None                                                    # has no state
+    if isinstance(v, random.SystemRandom): return None                     # has no state
     if isinstance(v, np.random.Generator): return partial(setattr, v.bit_generator, 'state'),v.bit_generator.state
-    if isinstance(v, ReindexCollection): return partial(_put_back, v.idxs),list(v.idxs)                   # shuffled in place by a language model's loader
+    # shuffled in place by a language model's loader
+    if isinstance(v, ReindexCollection): return partial(_put_back, v.idxs),list(v.idxs)
     return next(((getattr(v,put),getattr(v,get)()) for cls,(get,put) in _streams.items() if isinstance(v, cls)), None)
 
 def _put_back(xs, old):
@@ -274,15 +286,19 @@ def _set_attrs(o, attrs):
 def rng_kept(
     *dls, # DataLoaders (fastai's or torch's) whose own random state is to be kept too
     busy:bool=False, # Whether they may be in the middle of an iteration
+    others=(), # More objects whose attributes may be random streams
 ):
-    """Python's, numpy's and torch's random streams, and those of the loaders, their data sets and transforms, are after the block what they were before it
+    """Python's, numpy's and torch's random streams, and those that loaders, data sets and transforms keep as
+    attributes, are after the block what they were before it
 
-    What cannot be kept: state within persistent workers, in files and in C libraries, what a data set counts or caches, the place of an iterable data set."""
+    What cannot be kept: state within persistent workers, in files and in C libraries, what a data set counts or
+    caches, the place of an iterable data set."""
     with uninterrupted(patience=1):
         py,npy = random.getstate(),np.random.get_state()
         own,seen = {id(o):o for dl in dls for o in _stateful(dl) if hasattr(o,'__dict__')}.values(),set()
         attrs = [(o,dict(vars(o))) for o in own]
-        undo = [u for o in own for part in _parts(o, seen) for u in map(_undo, vars(part).values()) if u is not None]
+        parts = [part for o in (*own, *others) for part in _parts(o, seen)]
+        undo = [u for part in parts for u in map(_undo, vars(part).values()) if u is not None]
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         try:
             if busy:
@@ -295,7 +311,7 @@ def rng_kept(
             for o,was in attrs: _set_attrs(o, was)
             for f,was in undo: f(was)
 
-# %% ../nbs/20_batchnorm.ipynb #2fab07b0
+# %% ../nbs/20_batchnorm.ipynb #f01fe143
 def _shares(b):
     "Whether elements of `b` share their memory: nobody can write into such a tensor"
     return b.layout is torch.strided and any(st==0 and n>1 for st,n in zip(b.stride(), b.shape))
@@ -306,15 +322,16 @@ def buffers_kept(
 ):
     "The buffers of `model` are after the block what they were before it, their values and which tensors they are"
     own = [(m._buffers,dict(m._buffers)) for m in model.modules() if m._buffers]
-    kept = {id(b):(b,b.detach().clone()) for _,bs in own for b in bs.values() if b is not None and not is_lazy(b) and not _shares(b)}
+    bufs = {id(b):b for _,bs in own for b in bs.values() if b is not None}.values()
+    kept = [(b,b.detach().clone()) for b in bufs if not is_lazy(b) and not _shares(b)]
     try: yield
     finally:
         with torch.no_grad():
-            for b,was in kept.values():
+            for b,was in kept:
                 if b.shape==was.shape: b.copy_(was)
                 else: b.data = was                              # an observer of histograms grows
             for now,was in own:
-                if isinstance(now, dict):                       # a TorchScript module has something else, and always the same tensors
+                if isinstance(now, dict):                       # not in TorchScript, where tensors stay the same
                     now.clear()
                     now.update(was)
 
@@ -438,17 +455,23 @@ def _length(dl):
 def _n_batches(n, name='n_batches', what='batches', none=True):
     "`n` as Python's own number. Raises TypeError or ValueError for what is no number of batches"
     if not (n is None and none) and not (is_int(n) and n>0):
-        raise (ValueError if is_int(n) else TypeError)(f'{name}={n!r}: give a positive number of {what}'+', or None for all of them'*none)
+        hint = ', or None for all of them' if none else ''
+        raise (ValueError if is_int(n) else TypeError)(f'{name}={n!r}: give a positive number of {what}{hint}')
     return plain_number(n)
 
 def _check_dl(dl, call):
-    if isinstance(dl, DataLoaders): raise TypeError(f'{call.format("dls")}: DataLoaders were given, one for training and one for validation, and one is needed: type {call.format("dls.train")}')
-    if not (hasattr(dl,'__iter__') or hasattr(dl,'__getitem__')): raise TypeError(f'{call.format("dl")} needs the DataLoader of the training data, not {type(dl).__name__}')
+    "TypeError for what is no loader; `call` is what was typed, with {} in the place of the loader"
+    if isinstance(dl, DataLoaders):
+        raise TypeError(f'{call.format("dls")}: DataLoaders hold several, type {call.format("dls.train")}')
+    if not (hasattr(dl,'__iter__') or hasattr(dl,'__getitem__')):
+        raise TypeError(f'{call.format("dl")} needs the DataLoader of the training data, not {type(dl).__name__}')
 
 def _check_update_bn(model, dl):
     if isinstance(model, Learner):
-        raise TypeError(f'update_bn(model, dl) is for torch models, and a Learner was given: type learn.update_bn({"" if dl is None else "dl=dl"})')
-    if not isinstance(model, nn.Module): raise TypeError(f'update_bn(model, dl) needs a torch model first, not {type(model).__name__}')
+        args = '' if dl is None else 'dl=dl'
+        raise TypeError(f'update_bn(model, dl) is for torch models, this is a Learner: type learn.update_bn({args})')
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'update_bn(model, dl) needs a torch model first, not {type(model).__name__}')
     _check_dl(dl, 'update_bn(model, {})')
 
 # %% ../nbs/20_batchnorm.ipynb #ef66efcf
@@ -462,13 +485,17 @@ def update_bn(
 )->nn.Module: # The same model
     """Give the BatchNorm layers of `model` the mean and variance of their inputs over the data in `dl`.
 
-    The first layer's are those of the population exactly, whatever the batches; deeper layers see activations normalised by batch
-    statistics and depend on the batch size a little. Dropout is off. Modes, momentum, other buffers and random streams are left as found (but see `rng_kept`),
-    also when an error ends the pass: then the statistics are the old ones too. Ctrl-C ends it after the batch at hand. A model without BatchNorm costs nothing.
-    With `sync` each of several processes measures its part of the data, `n_batches` of it, and all end with the statistics of the whole: all
-    have to call this, or those that do will wait. What torch's and accelerate's samplers repeat, so that all have as many items, counts twice.
-    Raises TypeError or ValueError for wrong arguments and for a lazy layer that has seen no batch yet, RuntimeError if another process failed; warns of an
-    empty loader, of layers that saw no data or no finite numbers, of layers in TorchScript modules, and of a distributed model that is measured by this process alone.
+    The first layer's are those of the population exactly, whatever the batches; deeper layers see activations
+    normalised by batch statistics and depend on the batch size a little. Dropout is off. Modes, momentum, other
+    buffers and random streams (see `rng_kept`) are left as found, also when an error or Ctrl-C ends the pass: then
+    the statistics are the old ones too. Ctrl-C waits for the end of the batch at hand. A model without BatchNorm
+    costs nothing.
+    With `sync` each of several processes measures its part of the data, `n_batches` of it, and all end with the
+    statistics of the whole: all have to call this, or those that do will wait. What torch's and accelerate's samplers
+    repeat, so that all have as many items, counts twice.
+    Raises TypeError or ValueError for wrong arguments and for a lazy layer that has seen no batch yet, RuntimeError
+    if another process failed; warns of an empty loader, of layers that saw no data or no finite numbers, of layers in
+    TorchScript modules, and of a distributed model that is measured by this process alone.
     Source: Izmailov et al. 2018, section 3.2."""
     _check_update_bn(model, dl)
     n_batches = _n_batches(n_batches)
@@ -480,8 +507,9 @@ def update_bn(
     total = min(o for o in (_length(dl), n_batches, 2**62) if o is not None)
     shared = n_processes()>1 and (gives_parts(dl) if sync is None else sync)
     if is_ddp(model) and not shared and sync is None:
-        warn_user('the model is distributed, and as far as can be seen this loader gives every process the same data: the statistics will be those of this process. '
-                  'If each has its part of the data, call update_bn(..., sync=True) in all of them; sync=False does without this warning')
+        warn_user('the model is distributed, and as far as can be seen this loader gives every process the same data: '
+                  'the statistics will be those of this process. If each has its part of the data, call '
+                  'update_bn(..., sync=True) in all of them; sync=False does without this warning')
     def run(meet):
         measure,bar = _Measure(layers),_Bar(total, pbar and total<2**62 and not (shared and dist.get_rank()))     # no bar for a loader that has no end in sight
         with uninterrupted(patience=1) as check, rng_kept(dl), measure.listening(inner), _force_eager(model):
@@ -546,11 +574,12 @@ class _LeaveAutocast(Callback):
         for cb in self.mixed: cb.after_loss()
 
 def _tell(learn, event):
-    "All callbacks hear of `event`: one that cancels a fit or a validation does not mean a side pass, and those after it have things to prepare"
+    "All callbacks hear of `event`: one that cancels means no side pass, and those after it have things to prepare"
     for cb in learn.cbs.sorted('order'):
         try: cb(event)
         except _cancels: pass
 
+# %% ../nbs/20_batchnorm.ipynb #658e6150
 @contextmanager
 def side_pass(
     learn:Learner, # The learner, perhaps in the middle of a fit
@@ -558,16 +587,19 @@ def side_pass(
     cbs=(), # Callbacks to run beside those that shape the forward pass
     bar=None, # Progress bar (`side_bar`) that goes on with each batch and is closed in the end; None: no bar
 ):
-    """Run batches through the machinery of `learn` inside the block (see `run_pass`), and find the learner, its model's modes and buffers and all
-    random streams unchanged after it. Ctrl-C waits for the end of a batch, or of the block; a second one doesn't."""
+    """Run batches through the machinery of `learn` inside the block (see `run_pass`), and find the learner, its
+    model's modes and buffers and all random streams (see `rng_kept`) unchanged after it. Ctrl-C waits for the end of
+    a batch, or of the block; a second one doesn't."""
     with uninterrupted(patience=1) as check:
         kept = forward_cbs(learn.cbs)
         autocast = _LeaveAutocast(kept)
         cbs = [*cbs, autocast, _BatchEnd(bar, check)]
-        saved,modes = dict(vars(learn)),get_modes(learn.model)
-        outside = not ('_aside' in vars(learn) or _going_on(learn))       # no fit, validation or other side pass is going on: callbacks are not set up
+        saved,modes,runs = dict(vars(learn)),get_modes(learn.model),[(cb,cb.run) for cb in kept]
+        # if no fit, validation or other side pass is going on, callbacks are not set up
+        outside = not ('_aside' in vars(learn) or _going_on(learn))
+        streams = rng_kept(dl, *learn.dls.loaders, busy=learn.training, others=kept)
         try:
-            with rng_kept(dl, *learn.dls.loaders, busy=learn.training), buffers_kept(learn.model), _force_eager(learn.model):
+            with streams, buffers_kept(learn.model), _force_eager(learn.model):
                 learn.cbs = L(*kept, *cbs)
                 for cb in cbs: cb.learn = learn
                 learn.training,learn.dl,learn._aside = False,dl,True
@@ -581,17 +613,20 @@ def side_pass(
         finally:
             if bar is not None: bar.close()
             for cb in cbs: cb.learn = None
+            for cb,run in runs: cb.run = run                              # after_fit has switched all of them on
             _set_attrs(learn, saved)
             set_modes(modes)
 
+# %% ../nbs/20_batchnorm.ipynb #bf7de1ac
 @torch.no_grad()
 def run_pass(
     learn:Learner, # A learner within `side_pass`
 ): # The exception with which a callback ended the pass before its last batch; None if none did
     """The events of a validation, with the batches of `learn.dl`.
 
-    A callback that cancels in `before_validate` does not mean this pass, and all others hear of that event and of `after_validate` nevertheless.
-    One that cancels more than a batch while the batches run ends the pass, as it would end a validation."""
+    A callback that cancels in `before_validate` does not mean this pass: it goes on, and all others hear of that
+    event and of `after_validate`. One that cancels more than a batch while the batches run ends the pass, as it would
+    end a validation."""
     cut = None
     _tell(learn, 'before_validate')
     try: learn.all_batches()
@@ -605,7 +640,7 @@ def side_bar(
     total:int, # Batches to come
     comment='BatchNorm statistics', # What takes so long
 )->_Bar: # The bar for a side pass
-    "A bar that appears once the work proves to be long, beneath the bar of the epochs; never where `learn` shows none"
+    "A bar that appears once the work proves to be long, beneath that of the epochs; none where `learn` shows none"
     progress = getattr(learn, 'progress', None) if learn.create_mbar else None
     return _Bar(total, progress is not None, getattr(progress, 'mbar', None), comment)
 
@@ -626,7 +661,7 @@ class _Pump(Callback):
 
 def _shared(learn, dl):
     "Whether all processes measure together, each its part of the data"
-    return n_processes()>1 and (is_ddp(learn.model) or any(map(_is_distributed, forward_cbs(learn.cbs))) or gives_parts(dl))
+    return n_processes()>1 and (is_ddp(learn.model) or any(map(_is_distributed, learn.cbs)) or gives_parts(dl))
 
 def _of_fastai(cb): return type(cb).__module__.startswith('fastai.') and type(cb) is not Callback
 
@@ -660,15 +695,16 @@ def learner_stats(
         with side_pass(learn, dl, [pump], bar):
             if bs is not None: _rebatch(dl, bs)
             wrapped,model = learn.model,innermost(learn.model)
-            pump.measure = measure = _Measure([model.get_submodule(k) for k in names])      # a distributed trainer may just have made SyncBatchNorm of the layers
-            measure.may_stop = all(map(_of_fastai, kept))                                   # others may count on after_loss
+            # a distributed trainer may just have made SyncBatchNorm of the layers
+            pump.measure = measure = _Measure([model.get_submodule(k) for k in names])
+            measure.may_stop = all(map(_of_fastai, kept))      # others may count on after_loss
             with measure.listening(model):
                 try: measure.cut = _why_cut(run_pass(learn), kept)
                 finally: learn.model = wrapped
         return measure
     return measured_by_all(run, shared, layers[0].running_mean.device).result(learn.model)
 
-# %% ../nbs/20_batchnorm.ipynb #cc374e6e
+# %% ../nbs/20_batchnorm.ipynb #a7ba7bf2
 _OutOfMemory = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)
 _no_memory = 'out of memory', "can't allocate memory", 'not enough memory', 'alloc_failed', 'outofmemoryerror'
 
@@ -676,7 +712,8 @@ def is_out_of_memory(
     e:BaseException, # Any exception
 )->bool:
     "Whether `e` says that a device or the computer has no memory left, in this process or another (`FailedElsewhere`)"
-    return isinstance(e, (_OutOfMemory,MemoryError)) or (isinstance(e, RuntimeError) and any(o in str(e).lower() for o in _no_memory))
+    said = isinstance(e, RuntimeError) and any(o in str(e).lower() for o in _no_memory)
+    return said or isinstance(e, (_OutOfMemory,MemoryError))
 
 def _batch_size(dl):
     "Items in a batch of `dl`. Raises TypeError if they cannot be fewer"
@@ -707,15 +744,20 @@ def stats_that_fit(
             break
         except Exception as e:
             again = is_out_of_memory(e)
-            if shared: again = all(meet(again, dev=layers[0].running_mean.device))       # an error in one process is one in all: they decide together
+            # an error in one process is one in all of them, so that they can decide together
+            if shared: again = all(meet(again, dev=layers[0].running_mean.device))
             if not again: raise
             try: tried = bs or _batch_size(dl)
             except TypeError as why: raise _OutOfMemory(f'{e}. BatchNorm statistics: {why}') from e
             bs = tried//2
-            if bs<least: raise _OutOfMemory(f'{e}. BatchNorm statistics could not be measured, not even with batches of {tried} items: free some memory, and call learn.update_bn()') from e
-        if torch.cuda.is_initialized(): torch.cuda.empty_cache()          # here the exception is gone, and with it the frames that held tensors
+            if bs<least:
+                raise _OutOfMemory(f'{e}. BatchNorm statistics could not be measured, not even with batches of {tried} '
+                                   'items: free some memory, and call learn.update_bn()') from e
+        # the exception is gone here, and with it the frames that held tensors
+        if torch.cuda.is_initialized(): torch.cuda.empty_cache()
     if bs is not None:
-        warn_user(f'out of memory with batches of {dl.bs} items: BatchNorm statistics were measured with batches of {bs}, those of the deeper layers may differ a little')
+        warn_user(f'out of memory with batches of {dl.bs} items: BatchNorm statistics were measured with batches '
+                  f'of {bs}, those of the deeper layers may differ a little')
     return res
 
 # %% ../nbs/20_batchnorm.ipynb #8bfd666a
@@ -740,9 +782,12 @@ def update_bn(self:Learner,
 ):
     """Give the BatchNorm layers of the model the statistics of the training data, as training sees it, for the weights they have now.
 
-    Layers that `BnFreeze` keeps frozen stay as they are; MixUp and CutMix do not enter; if the memory does not suffice, smaller batches are
-    used and a warning says so; see `update_bn` for the rest. Raises TypeError or ValueError for wrong arguments and for a lazy layer that
-    has seen no batch yet, torch.OutOfMemoryError if the memory suffices for no batch."""
+    Layers that `BnFreeze` keeps frozen stay as they are; MixUp and CutMix do not enter; if the memory does not
+    suffice, smaller batches are used and a warning says so; see `update_bn` for the rest. Raises TypeError or
+    ValueError for wrong arguments and for a lazy layer that has seen no batch yet, torch.OutOfMemoryError if the
+    memory suffices for no batch."""
+    if hasattr(n_batches, '__iter__') and hasattr(n_batches, 'dataset'):
+        raise TypeError('learn.update_bn(dl): the first argument is a number of batches, type learn.update_bn(dl=dl)')
     n_batches = _n_batches(n_batches)
     if dl is not None: _check_dl(dl, 'learn.update_bn(dl={})')
     stats = stats_that_fit(self, trained_layers(self), n_batches, dl)

@@ -27,12 +27,20 @@ from fastai.learner import AvgLoss, Learner, SkipToEpoch, ValueMetric
 from fastai.torch_core import get_model, rank_distrib
 
 from .average import WeightAverage, all_finite, own_name, unwrap
-from .batchnorm import BNStats, _Bar, _cancels, _is_distributed, _length, _n_batches, bn_layers, gives_parts, layer_names, learner_stats, n_processes, rng_kept, side_pass, trained_layers
+from .batchnorm import BNStats, _is_distributed, _length, _n_batches, bn_layers, gives_parts, is_out_of_memory, layer_names, learner_stats, n_processes
+from .batchnorm import rng_kept, run_pass, side_bar, side_pass, stats_that_fit, trained_layers
 from .schedule import Cycles, _check_cycles, _check_lr, cycle_lr, draw_sched, fit_positions, group_lrs, sched_authors, swa_cycles
 from .utils import check_writable, is_int, is_num, plain_number, read_file, uninterrupted, warn_user, with_parameters, write_file
 
 # %% ../nbs/30_callback.ipynb #e02434dc
 def _times(cb, learn): return sum(o is cb for o in learn.cbs)
+
+def _for_export(cb):
+    "What pickle makes of a callback of a learner that `export` has emptied; None for any other"
+    dls = getattr(cb.learn, 'dls', None)
+    try: empty = dls is not None and cb.learn.opt is None and len(dls.train_ds)==0
+    except (AttributeError,TypeError,IndexError): empty = False
+    return (Callback,()) if empty else None
 
 class CycleCallback(Callback):
     "Goes through the iterations of a fit, sets the learning rate within its cycles, and takes the weights when one ends"
@@ -53,12 +61,15 @@ class CycleCallback(Callback):
         old = self._learn
         if old is learn: return                                              # there twice: `before_fit` says so, as an error here would leave others behind
         if learn is None and _times(self, old)>1: return                     # once less, but still there
-        self._learn = learn
-        if old is not None:
-            if learn is not None: old.remove_cb(self)                        # it moves from one learner to another
-            for cb in self._helpers:
-                while _times(cb, old): old.remove_cb(cb)                     # `removed_cbs` may have put one back that was there already
-        if learn is not None: learn.add_cbs([cb for cb in self._helpers if not _times(cb, learn)])
+        with uninterrupted():
+            if learn is not None and old is not None: old.remove_cbs([self]*_times(self, old))                     # it moves from one learner to another
+            elif learn is None: old.remove_cbs([cb for cb in self._helpers for _ in range(_times(cb, old))])       # `removed_cbs` may have put one back twice
+            self._learn = learn
+            if learn is not None: learn.add_cbs([cb for cb in self._helpers if not _times(cb, learn)])
+
+    def __reduce_ex__(self, protocol):
+        "An export has no data to fit: a callback without effect takes this one's place in it, which loads where fastswa is not installed"
+        return _for_export(self) or super().__reduce_ex__(protocol)
 
     def _once(self, key, msg):
         if key in self._told: return
@@ -246,7 +257,7 @@ def _collect(self:CycleCallback):
     self._look_ahead()
     if not self._moved: return                                      # an epoch that was cancelled before its first batch
     self._moved,model = False,unwrap(self.learn.model)
-    if not all_finite(model.parameters()):
+    if not all_finite(p for p in model.parameters() if p.requires_grad):       # what cannot move may hold what it likes: a mask of -inf
         self._once('finite', f'the weights are not finite after {self._done} iterations (the training diverged?): such snapshots are left out')
         return
     with uninterrupted():                                           # the average and the list of what is in it agree
@@ -274,6 +285,7 @@ def plot_sched(self:CycleCallback,
 class _Helper(Callback):
     "Another place in the order of things for the callback `cb_`; without effect where that is gone"
     def __init__(self, cb): self.cb_ = cb
+    def __reduce_ex__(self, protocol): return _for_export(self) or super().__reduce_ex__(protocol)
     @property
     def in_charge(self): return self.cb_._learn is self.learn
 
@@ -294,8 +306,8 @@ class _SWAInstall(_Helper):
 class _Meter(Callback):
     "Loss and metrics over a side pass, and the loss of each batch"
     order = 50
-    def __init__(self, mets, n_batches=None, bar=None):
-        self.mets,self.n_batches,self.bar,self.losses,self.i = mets,n_batches,bar,[],0
+    def __init__(self, mets, n_batches=None):
+        self.mets,self.n_batches,self.losses,self.i = mets,n_batches,[],0
         for m in mets: m.reset()                  # also where somebody's callback cancels the pass before it begins
     def before_validate(self): get_model(self.learn.model).eval()
     def after_batch(self):
@@ -303,7 +315,6 @@ class _Meter(Callback):
             for m in self.mets: m.accumulate(self.learn)
             self.losses.append(float(self.learn.to_detach(self.learn.loss.mean())))
         self.i += 1
-        if self.bar is not None: self.bar.update(self.i)
         if self.i==self.n_batches: raise CancelValidException()
     def values(self):
         vals = [m.value for m in self.mets]
@@ -321,14 +332,8 @@ def _metrics(learn): return [m for m in learn.metrics if not isinstance(m, Value
 def _score(learn, metrics=(), n_batches=None, dl=None, comment='average'):
     "A `_Meter` that has seen what the model of `learn` makes of validation batches; nothing is changed"
     dl = learn.dls.valid if dl is None else dl
-    progress = getattr(learn, 'progress', None) if learn.create_mbar else None
-    bar = _Bar(min(len(dl), n_batches or len(dl)), progress is not None, getattr(progress, 'mbar', None), comment)
-    meter = _Meter([AvgLoss(), *map(_own_copy, metrics)], n_batches, bar)
-    try:
-        with side_pass(learn, dl, [meter]), torch.no_grad():
-            try: learn._with_events(learn.all_batches, 'validate', CancelValidException)
-            except _cancels: pass
-    finally: bar.close()
+    meter = _Meter([AvgLoss(), *map(_own_copy, metrics)], n_batches)
+    with side_pass(learn, dl, [meter], side_bar(learn, min(len(dl), n_batches or len(dl)), comment)): run_pass(learn)
     return meter
 
 # %% ../nbs/30_callback.ipynb #6bb1a7f3
@@ -582,11 +587,11 @@ def _take(self:SWA, model):
 
 # %% ../nbs/30_callback.ipynb #fdd31e63
 @patch
-def _stats(self:SWA, learn):
+def _stats(self:SWA, learn, measure=learner_stats):
     "BatchNorm statistics of the average, which the model of `learn` holds now"
     if self._bn is None:
         if self._layers is None: self._layers = trained_layers(learn)
-        self._bn = learner_stats(learn, self._layers, self.bn_batches) or BNStats([])
+        self._bn = measure(learn, self._layers, self.bn_batches) or BNStats([])
     return self._bn
 
 @patch
@@ -605,7 +610,14 @@ def after_validate(self:SWA):
 
 @patch
 def _evaluate(self:SWA):
-    with self._lent(self.learn): return _score(self.learn, _metrics(self.learn)).values()
+    "Values for our columns; nan where the memory does not suffice for them, as the training is worth more"
+    try:
+        with self._lent(self.learn): return _score(self.learn, _metrics(self.learn)).values()
+    except Exception as e:
+        if not is_out_of_memory(e): raise
+        self._once('memory', f'out of memory while the average was evaluated, its columns stay nan and the training goes on: try smaller batches, or bn_batches=. ({e})')
+        self._value_now = False
+        return [math.nan]*len(self._names)
 
 # %% ../nbs/30_callback.ipynb #218e2888
 @patch
@@ -629,16 +641,22 @@ def _finish(self:SWA):
     for cb in self._trackers('swa_'):
         if isinstance(cb, SaveModelCallback): cb.run = False          # it would load the best average over the last weights; see _install
     if not self.n_averaged: return self._check_collected()
-    with uninterrupted(patience=1):
-        with self._avg.swapped(unwrap(self.learn.model)): self._stats(self.learn)
-        if self.check and not self._saved: self._check_helped()
+    try:
+        with uninterrupted(patience=1):
+            with self._avg.swapped(unwrap(self.learn.model)): self._stats(self.learn, stats_that_fit)
+            if self.check and not self._saved: self._check_helped()
+    except Exception as e:
+        if not is_out_of_memory(e): raise
+        if self._bn is None:
+            self._once('final', f'out of memory while BatchNorm statistics of the average were measured: the learner keeps its last weights. Free some memory, '
+                                f'then swa.apply(learn) puts the average in. ({e})')
 
 @patch
 def _install(self:SWA):
     "Order 90 of after_fit"
     if self.learn.lock.locked() or not self._active: return
     self._armed = self._active = False
-    if not self.n_averaged: return
+    if not self.n_averaged or self._bn is None: return
     self._put(self.learn)
     collected = self.collected
     for cb in self._trackers('swa_'):
@@ -747,7 +765,7 @@ def apply(self:SWA,
     Raises TypeError without a learner, RuntimeError if nothing has been averaged or the average is gone."""
     model = self._known(learn, 'apply')
     if self._bn is None:
-        with uninterrupted(patience=1), self._avg.swapped(model): self._stats(learn)
+        with uninterrupted(patience=1), self._avg.swapped(model): self._stats(learn, stats_that_fit)
     self._put(learn)
 
 @patch

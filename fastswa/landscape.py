@@ -24,9 +24,10 @@ from fastai.callback.rnn import ModelResetter
 from fastai.learner import AvgLoss, Learner, ValueMetric, load_model
 from fastai.torch_core import apply, find_bs, num_distrib
 
-from .average import WeightAverage, _averaged, _real, _uninterrupted, _wide, all_finite, unwrap
+from .average import WeightAverage, _averaged, _real, _wide, all_finite, unwrap
 from .batchnorm import BNStats, _Bar, _cancels, learner_stats, side_pass, trained_layers
 from .callback import SWA, _Meter, _own_copy
+from .utils import uninterrupted
 
 # %% ../nbs/50_landscape.ipynb #99d29cac
 class _Catch:
@@ -135,7 +136,7 @@ def _buffers_kept(model):
     own = [(b,b.clone()) for b in model.buffers()]
     try: yield
     finally:
-        with torch.no_grad(), _uninterrupted():
+        with torch.no_grad(), uninterrupted():
             for b,o in own: b.copy_(o)
 
 def _move(to, origin, steps):

@@ -11,6 +11,7 @@ from common import *
 from distributed import broadcast_on_cpu                     # the example
 from fastai.distributed import DistributedDL
 from fastswa.all import *
+from fastswa.batchnorm import stats_that_fit, trained_layers
 from torch import distributed as dist
 from torch.nn.functional import batch_norm
 from torch.nn.parallel import DistributedDataParallel
@@ -291,6 +292,37 @@ def an_error_in_one_is_an_error_in_all():
             if exc is CancelFitException: assert err is None and equal_everywhere(stats(learn.model)), (err,event,method)      # ends its pass early
             else: assert 'bad picture' in str(err) and isinstance(err, OSError if rank==W-1 else RuntimeError), (err,event,method)
             if method!='fit': assert learn.dls.train is old and type(learn.model) is nn.Sequential
+
+@check
+def all_take_smaller_batches_if_one_has_no_memory():
+    class Hungry(nn.Module):
+        def forward(self, x):
+            if rank==W-1 and not self.training and len(x)>5: raise torch.OutOfMemoryError('CUDA out of memory')
+            return x
+    class Late(Callback):
+        order = -50                                          # the loaders are still those of a distributed fit
+        def after_fit(self): stats_that_fit(self.learn, trained_layers(self.learn)).install()
+    for in_fit in False,True:
+        learn = split(model=nn.Sequential(Hungry(), *net()))
+        with quiet(learn), ctx(learn), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            learn.fit(1, cbs=[Late(), Callback(before_validate=no_validation)]) if in_fit else learn.update_bn()
+        assert len([o for o in told if 'out of memory with batches of 20 items' in str(o.message)])==1
+        assert equal_everywhere(stats(learn.model)) and learn.dls.train.bs==20
+        there = stats(learn.model)
+        close(there, stats(update_bn(nn.Sequential(*learn.model[1:]), X[:240].split(5))), 1e-6)
+
+def no_validation(self): raise CancelValidException()
+
+@check
+def errors_that_differ_end_it_for_all():
+    class Bad(nn.Module):
+        def forward(self, x): raise (OSError if rank==W-1 else torch.OutOfMemoryError)('bad module')
+    learn,err = made(model=nn.Sequential(Bad(), *net())),None
+    with quiet(learn), ctx(learn):
+        try: learn.update_bn()
+        except (OSError,RuntimeError) as e: err = e
+    assert isinstance(err, OSError if rank==W-1 else torch.OutOfMemoryError), err
 
 class CpuSync(nn.SyncBatchNorm):
     "What SyncBatchNorm computes, which torch has for GPUs only"

@@ -223,9 +223,9 @@ def test_wrong_arguments_get_a_sentence():
         def __iter__(self): raise AssertionError('the loader must not be touched')
     l = learner()
     for f,says in {lambda: update_bn(l): r'type learn\.update_bn\(\)$', lambda: update_bn(l, Never()): r'type learn\.update_bn\(dl=dl\)$',
-                   lambda: update_bn(l.model, l.dls): r'type update_bn\(model, dls\.train\)$', lambda: update_bn(l.model): 'needs the DataLoader of the training data, not NoneType',
+                   lambda: update_bn(l.model, l.dls): r'several, type update_bn\(model, dls\.train\)$', lambda: update_bn(l.model): 'needs the DataLoader of the training data, not NoneType',
                    lambda: update_bn(l.model, 3): 'not int', lambda: update_bn(X, Never()): 'needs a torch model first, not Tensor',
-                   lambda: l.update_bn(dl=l.dls): r'type learn\.update_bn\(dl=dls\.train\)$'}.items():
+                   lambda: l.update_bn(l.dls.train): r'type learn\.update_bn\(dl=dl\)$', lambda: l.update_bn(dl=l.dls): r'type learn\.update_bn\(dl=dls\.train\)$'}.items():
         with pytest.raises(TypeError, match=says): f()
 
 def test_warnings_point_at_the_users_line():
@@ -351,6 +351,14 @@ def test_learner_is_unchanged():
     w = state(l.model)
     with pytest.raises(Exception): l.update_bn()
     assert dict(vars(l))==before and [m.training for m in l.model.modules()]==modes and same(state(l.model), w)
+
+def test_callbacks_that_are_off_stay_off():
+    cb = Bright()
+    l = learner(nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64,10)), cbs=cb)
+    cb.run = False
+    l.update_bn()
+    assert cb.run is False
+    assert_is(l.model[0], X[:200])
 
 def test_learner_frozen_layers():
     l = learner(cbs=BnFreeze())
@@ -581,6 +589,10 @@ class Drawn:
         if isinstance(self.rng, torch.Generator): return torch.rand(1, generator=self.rng).item()
         return float(self.rng.random() if hasattr(self.rng,'random') else self.rng.rand())
     def __getitem__(self, i): return X[self.k+i]+self.draw(),Y[self.k+i]
+class Noise(Bright):
+    "A callback with a generator of its own"
+    def __init__(self): self.rng = torch.Generator().manual_seed(3)
+    def before_batch(self): self.learn.xb = (self.learn.xb[0]+torch.rand(1, generator=self.rng),)
 class Around:
     def __init__(self, dataset): self.dataset = dataset
     def __len__(self): return len(self.dataset)
@@ -611,13 +623,13 @@ def loaders(make):
         return ds.dataloaders(bs=20, num_workers=0)
     return dls(60, 20, 60)
 
-@pytest.mark.parametrize('make', ['python','numpy','old','torch','loader','datasets','observer'])
+@pytest.mark.parametrize('make', ['python','numpy','old','torch','loader','datasets','observer','callback'])
 def test_same_walk_beside_data_sets_and_layers_with_a_state(make):
     res = []
     for kw in (None, dict(eval_every=1)):
         seed()
         spy,l = Spy(),learner(nn.Sequential(Observer(), *net()) if make=='observer' else net(), data=loaders(make))
-        fit(l, 3, cbs=[spy, *([] if kw is None else [SWA(swa_lr=False, start=0, **kw)])])
+        fit(l, 3, cbs=[spy, *([Noise()] if make=='callback' else []), *([] if kw is None else [SWA(swa_lr=False, start=0, **kw)])])
         res.append((spy.ws, [row[:2] for row in l.recorder.values], [b for m in l.model for k,b in m.named_buffers() if isinstance(m, Observer)]))
     (a,va,ba),(b,vb,bb) = res
     assert all(map(same, a, b)) and va==vb and same(ba, bb)

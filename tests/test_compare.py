@@ -1,0 +1,208 @@
+"Promise 11: whether it helped. `swa.compare`, and the check when a fit ends"
+import warnings
+
+import pytest, torch
+from common import *
+from fastswa.callback import SWA
+
+def worse(f):
+    "The warnings that the average is worse"
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        f()
+    return [w for w in ws if 'the average is worse' in str(w.message)]
+
+def validate(l):
+    with quiet(l): return list(l.validate())
+
+def compare(swa, l, *args, **kw):
+    with quiet(l): return swa.compare(l, *args, **kw)
+
+# ---- compare
+
+def measured(l, swa):
+    "The three rows by hand"
+    kept = state(l.model)
+    swa.restore(l)
+    rows = [validate(l)]
+    own = state(l.model)
+    with quiet(l): l.update_bn()
+    rows.append(validate(l))
+    l.model.load_state_dict(own)
+    swa.apply(l)
+    assert same(state(l.model), kept)
+    return [*rows, validate(l)]
+
+@pytest.mark.parametrize('extra', [[], [MixUp], [MixedPrecision], [GradientAccumulation]])
+@pytest.mark.parametrize('inside', [True,False])
+def test_compare_is_three_validations(extra, inside):
+    l,swa = learner(net(.3), cbs=[o() for o in extra]),SWA(); fit(l, 4, cbs=swa)
+    want = measured(l, swa)
+    if not inside: swa.restore(l)
+    with quiet(l):
+        def found(): return rng_fingerprint(l),set(vars(l)),list(l.cbs)
+        before,others = state(l.model),found()
+        df = swa.compare(l)
+        assert same(state(l.model), before) and found()==others and swa._avg.inside==inside
+    assert list(df.columns)==['loss','accuracy'] and list(df.index)==['last weights','last weights, statistics measured','average']
+    np.testing.assert_allclose(df.values, want, rtol=1e-6)
+    assert len({*df.loss})==3
+    np.testing.assert_allclose(compare(swa, l).values, want, rtol=1e-6)
+    swa.restore(l)
+    np.testing.assert_allclose(validate(l), want[0], rtol=1e-6)
+
+def test_compare_without_batchnorm_on_other_data_and_with_metrics_of_all_kinds():
+    from fastai.metrics import F1Score
+    l,swa = learner(plain_net(), metrics=[accuracy, F1Score(average='macro'), ValueMetric(lambda: 3., 'three')]),SWA(); fit(l, 4, cbs=swa)
+    df = compare(swa, l)
+    assert list(df.columns)==['loss','accuracy','f1_score'] and (df.iloc[0]==df.iloc[1]).all()
+    other = dls(n_valid=64)[1]
+    df = compare(swa, l, dl=other)
+    with quiet(l): want = list(l.validate(dl=other))
+    np.testing.assert_allclose(df.iloc[2], want[:3], rtol=1e-6)
+
+def test_compare_needs_a_learner_and_an_average(tmp_path):
+    with pytest.raises(TypeError, match='give it the learner'): SWA().compare()
+    with pytest.raises(RuntimeError, match='pass this SWA to a fit first'): SWA().compare(learner())
+    l,swa = learner(),SWA(); fit(l, 3, cbs=swa)
+    swa.save(tmp_path/'a.pt')
+    other = learner(s=3)
+    before = state(other.model)
+    df = compare(SWA().load(tmp_path/'a.pt'), other)             # a file knows the average
+    assert same(state(other.model), before)
+    np.testing.assert_allclose(df.iloc[2], validate(l), rtol=1e-6)
+    fit(l, 1)
+    now = state(l.model)
+    with pytest.raises(RuntimeError, match='changed since'): compare(swa, l)
+    assert same(state(l.model), now)
+
+@pytest.mark.parametrize('k', [1,2,3,4,5])
+def test_compare_interrupted(k):
+    class Boom(Callback):
+        n = 0
+        def after_pred(self):
+            Boom.n += not self.learn.training
+            if Boom.n==k: raise KeyboardInterrupt
+    l,swa = learner(),SWA(check=False); fit(l, 3, cbs=swa)
+    before = state(l.model)
+    with pytest.raises(KeyboardInterrupt):
+        with quiet(l), l.added_cbs(Boom()): swa.compare(l)
+    assert same(state(l.model), before) and swa._avg.is_inside()
+    swa.restore(l)
+
+# ---- the check
+
+class Walk(Callback):
+    "A walk that is made up: the weight of a linear model without data, places[k] after iteration k"
+    order,run_valid = 54,False
+    def __init__(self, places): self.places,self.k = places,0
+    def after_batch(self):
+        self.learn.model.weight.data.fill_(self.places[self.k])
+        self.k += 1
+
+def linear(n=1000, bs=20, n_valid=1000, valid_bs=50, **kw):
+    "Predicts y = 2 x; the loss is (w-2)^2 times the mean of x^2"
+    seed()
+    xs = torch.randn(n+n_valid, 1)
+    ds = list(zip(xs, 2*xs))
+    data = DataLoaders(FastaiDataLoader(ds[:n], bs=bs, shuffle=True), FastaiDataLoader(ds[n:], bs=valid_bs))
+    l = Learner(data, nn.Linear(1,1,bias=False), loss_func=MSELossFlat(), opt_func=SGD, lr=0., **kw)
+    return l
+
+def walk(places, epochs=4, swa=None, **kw):
+    "From 6 towards 4, then by `places`, while the last quarter of the fit is averaged"
+    l = linear(**kw)
+    total = epochs*len(l.dls.train)
+    swa = SWA(swa_lr=.1) if swa is None else swa
+    begin = total*3//4
+    at = np.interp(np.arange(begin+1, total+1), np.linspace(begin, total, len(places)), places)
+    return l,swa,lambda: fit(l, epochs, cbs=[swa, Walk([*(6-np.arange(begin)*4/begin/2), *at])])
+
+def test_worse_is_said_once_with_both_numbers():
+    l,swa,f = walk([4., 2.])                       # straight to the right place: the last weights are the best, their mean lags
+    ws = worse(f)
+    assert len(ws)==1
+    df = compare(swa, l)
+    msg = str(ws[0].message)
+    assert 'swa.restore(learn)' in msg and 'swa.compare(learn)' in msg
+    mean,last = (float(o.strip('.,')) for o in (msg.split('loss ')[1].split()[0], msg.split('against ')[1].split()[0]))
+    np.testing.assert_allclose([mean,last], [df.loss.iloc[2], df.loss.iloc[1]], rtol=.15, atol=1e-6)      # of all validation items, and of some
+    assert ws[0].filename==fit.__code__.co_filename                                                    # the line that called learn.fit
+
+def test_better_and_equal_say_nothing():
+    assert not worse(walk([3., 1., 3., 1., 3., 1., 3., 1., 3., 1., 3., 1.])[2])      # around the right place
+    assert not worse(walk([2.5, 2.5])[2])                                            # everywhere as good
+    assert not worse(walk([2.501, 2.5])[2])                                          # a difference of less than a hundredth
+
+def test_reasons():
+    _,swa,f = walk([4., 2.])
+    assert 'more epochs' in str(worse(f)[0].message)
+    l = linear()
+    lrs = [.1]*150+[.1*.95**i for i in range(50)]
+    class Rate(Callback):
+        order,run_valid = 61,False
+        def before_batch(self): self.learn.opt.set_hyper('lr', lrs[self.learn.train_iter])
+    swa = SWA(swa_lr=False)
+    ws = worse(lambda: fit(l, 4, cbs=[swa, Rate(), Walk([6.]*150+list(np.linspace(4, 2, 50)))]))
+    assert len(ws)==1 and 'hardly moved' in str(ws[0].message)
+
+def test_the_loss_still_falls_is_seen():
+    l = linear(n_valid=1000)
+    l.lr = 1e-3                                      # a real descent that has only begun
+    ws = worse(lambda: fit(l, 4, cbs=SWA()))
+    assert len(ws)==1 and 'still falls' in str(ws[0].message)
+
+def test_can_be_left_out_and_is_left_out_without_data():
+    assert not worse(walk([4., 2.], swa=SWA(swa_lr=.1, check=False))[2])
+    l,swa,f = walk([4., 2.], n=100, bs=20, n_valid=60, valid_bs=20, epochs=1)          # too little to say anything
+    assert not worse(f)
+    with pytest.raises(TypeError, match='check='): SWA(check=1)
+    l = learner()
+    l.dls = DataLoaders(l.dls.train)
+    with pytest.raises(Exception): fit(l, 1, cbs=SWA())                                # fastai's own, with and without SWA
+
+class Seen(nn.Module):
+    "Counts items"
+    def __init__(self): super().__init__(); self.n,self.trained = 0,0
+    def forward(self, x):
+        if self.training: self.trained += len(x)
+        self.n += len(x)
+        return x
+
+@pytest.mark.parametrize('n,bs,n_valid,valid_bs,epochs', [(400,40,100,64,6), (100,10,100,100,10), (300,50,1000,500,5)])
+def test_costs_a_twentieth_of_the_fit_at_most(n, bs, n_valid, valid_bs, epochs):
+    def run(check):
+        seen = Seen()
+        xs = X[:n+n_valid].repeat(2,1,1,1)[:n+n_valid]
+        ds = list(zip(xs, Y.repeat(2)[:n+n_valid]))
+        data = DataLoaders(FastaiDataLoader(ds[:n], bs=bs, shuffle=True), FastaiDataLoader(ds[n:], bs=valid_bs))
+        l = learner(nn.Sequential(seen, nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64,10)), data=data)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            fit(l, epochs, cbs=SWA(check=check))
+        return seen.n
+    extra,fitted = run(True)-run(False),epochs*(3*n+n_valid)
+    assert 0<extra<=.05*fitted
+
+def test_the_check_leaves_no_trace():
+    runs = []
+    for check in (True,False):
+        l,swa = learner(net(.3)),SWA(check=check, eval_every=1); fit(l, 6, cbs=swa)
+        runs.append((state(l.model), rng_fingerprint(l), l.recorder.values))
+    assert same(runs[0][0], runs[1][0]) and runs[0][1]==runs[1][1]
+    np.testing.assert_array_equal(runs[0][2], runs[1][2])
+
+def test_out_of_memory_in_the_check_is_no_reason_to_lose_the_average():
+    class Greedy(nn.Module):
+        "Has no memory for the last weights' validation in the end"
+        armed = False
+        def forward(self, x):
+            if Greedy.armed and not self.training: raise torch.OutOfMemoryError('out of memory')
+            return x
+    class Arm(Callback):
+        order = -100
+        def after_fit(self): Greedy.armed = not self.learn.lock.locked()
+    l,swa = learner(nn.Sequential(Greedy(), plain_net())),SWA()
+    fit(l, 6, cbs=[swa, Arm()])
+    Greedy.armed = False
+    assert swa._avg.is_inside()
