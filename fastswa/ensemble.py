@@ -6,10 +6,9 @@
 __all__ = ['snapshot_lr', 'snapshot_cycles', 'fge_lr', 'fge_cycles', 'Ensemble', 'SnapshotEnsemble', 'FGE']
 
 # %% ../nbs/40_ensemble.ipynb #1f2ba163
-import itertools, math, os, re, shutil, tempfile, weakref
-from contextlib import contextmanager
+import itertools, math, re, shutil, tempfile, weakref
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +17,19 @@ import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
-from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.core import Callback
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import get_model, rank_distrib
 
-from .average import lend, own_name, unwrap
-from .batchnorm import _Bar, _cancels, _n_batches, bn_layers, by_all, is_ddp, learner_stats, rng_kept, side_pass, trained_layers
+from .average import all_finite, lend, own_name, unwrap
+from .batchnorm import _cancels, _n_batches, bn_layers, by_all, is_ddp, is_out_of_memory, rng_kept
+from .batchnorm import run_pass, side_bar, side_pass, stats_that_fit, trained_layers
 from .callback import CycleCallback, _Refresh
-from .schedule import Cycles, _is_int, _check_cycles, _check_lr, group_lrs
+from .schedule import Cycles, _check_cycles, _check_lr, group_lrs
+from .utils import check_writable, get_modes, is_int, is_num, plain_number, read_file, set_modes
+from .utils import uninterrupted, with_parameters, write_file
 
 # %% ../nbs/40_ensemble.ipynb #d0b78074
 def snapshot_lr(
@@ -46,6 +48,7 @@ def snapshot_cycles(
     n_cycles:int=5, # Cycles, 1 or more
 )->Cycles: # Their ends, where snapshots are taken
     "Cycles of ceil(T/M) iterations each, the last one shorter if these don't divide. Source: Huang et al. 2017, section 3"
+    n_epoch,n_iter,n_cycles = map(plain_number, (n_epoch,n_iter,n_cycles))
     total = n_epoch*n_iter
     c = max(1, math.ceil(total/n_cycles))
     return Cycles(0, tuple(min(o, total) for o in range(c, total+c, c)), n_iter)
@@ -59,6 +62,18 @@ def fge_lr(
     "A triangle. Source: Garipov et al. 2018, section 4"
     return (1-2*t)*lr_max+2*t*lr_min if t<=.5 else (2-2*t)*lr_min+(2*t-1)*lr_max
 
+def _check_fge(start, cycle_len):
+    "TypeError or ValueError, with what to type instead, for a `start` or `cycle_len` that no fit could use"
+    if not is_num(start):
+        raise TypeError(f'start={start!r}: give a float, the share of the fit before the cycles, or an int, epochs '
+                        'before them, such as start=.8')
+    if is_int(start) and start<0:
+        raise ValueError(f'start={start}: the number of epochs before the cycles cannot be negative')
+    if not is_int(start) and not 0<=start<1:
+        raise ValueError(f'start={start}: a float is the share of the fit before the cycles, in [0,1); '
+                         f'for a number of epochs use an int, start={int(start)}')
+    _check_cycles(0, cycle_len)
+
 def fge_cycles(
     n_epoch:int, # Epochs in the whole fit
     n_iter:int, # Iterations in an epoch
@@ -68,14 +83,17 @@ def fge_cycles(
     """Cycles of an even number of iterations, whose last middle is the end of the fit. They begin up to one cycle later than `start`.
 
     Raises ValueError if half a cycle is longer than what `start` leaves of the fit, TypeError or ValueError for arguments no fit could use."""
-    _check_cycles(start, cycle_len)
+    _check_fge(start, cycle_len)
+    n_epoch,n_iter,start,cycle_len = map(plain_number, (n_epoch,n_iter,start,cycle_len))
     total = n_epoch*n_iter
-    left = total-(start*n_iter if _is_int(start) else int(start*total+1e-9))
+    left = total-(start*n_iter if is_int(start) else int(start*total+1e-9))
     if left<=0: return Cycles(total, (), n_iter)
     half = max(1, int(min(4*n_iter, left/4.5)/2) if cycle_len is None else round(cycle_len*n_iter/2))
     n = (left+half)//(2*half)           # n cycles, half of the last one left out, take (2n-1) halves
-    if n==0: raise ValueError(f'cycle_len={cycle_len} epochs is too long: half of it is more than the {left/n_iter:.4g} that start={start} leaves of {n_epoch} epochs, '
-                              f'and no member would be taken. Use cycle_len<={2*left/n_iter:.4g} or an earlier start.')
+    if n==0:
+        raise ValueError(f'cycle_len={cycle_len} epochs is too long: half of it is more than the {left/n_iter:.4g} '
+                         f'that start={start} leaves of {n_epoch} epochs, and no member would be taken. '
+                         f'Use cycle_len<={2*left/n_iter:.4g} or an earlier start.')
     mids = tuple(total-2*half*k for k in reversed(range(n)))
     return Cycles(mids[0]-half, mids, n_iter)
 
@@ -133,24 +151,49 @@ def _copy(state, device):
     copies = {v:v.detach().to(device, copy=True) for v in set(state.values())}
     return {k:copies[v] for k,v in state.items()}
 
+def _params(state): return {k:v for k,v in state.items() if isinstance(v, nn.Parameter)}
+
+def _check_fits(own, state):
+    "ValueError where the parameters and buffers `state` are not of the model that has `own`"
+    diff = set(own)^set(state) or {k for k,v in _params(own).items() if v.shape!=state[k].shape}
+    if diff:
+        raise ValueError(f'this ensemble is of another model: {len(diff)} parameters or buffers differ in name or '
+                         f'shape, such as {sorted(diff)[0]}. Use a learner with the architecture that it was made with')
+
+@contextmanager
+def _apart(model):
+    "Inside the block all modules are in training mode: LoRA layers, for one, have other weights in evaluation mode"
+    modes = get_modes(model)
+    if not all(mode for _,mode in modes): model.train()
+    try: yield
+    finally: set_modes(modes)
+
 @contextmanager
 def lend_state(
     model:nn.Module, # A model
-    state:dict, # Tensors by name: parameters and buffers of a model of this architecture
+    state:dict, # Tensors by name: parameters and buffers of a model of this architecture, in training mode
 ):
-    "Inside the block `model` has the parameters (by pointer) and buffers (by value) in `state`, its own again after it. Raises ValueError for another architecture"
+    """Inside the block `model` has the parameters (by pointer) and buffers (by value) in `state`, and its own after it.
+
+    Raises ValueError for another architecture."""
     own,state = ({own_name(k):v for k,v in o.items()} for o in (_state(model), state))
-    diff = set(own)^set(state) or {k for k,v in own.items() if isinstance(v, nn.Parameter) and v.shape!=state[k].shape}
-    if diff: raise ValueError(f'this ensemble is of another model: {len(diff)} parameters or buffers differ in name or shape, such as {sorted(diff)[0]}')
-    params,bufs = ({k:v for k,v in own.items() if isinstance(v, nn.Parameter)==is_param} for is_param in (True,False))
+    _check_fits(own, state)
+    params = _params(own)
+    bufs = {k:v for k,v in own.items() if k not in params}
     kept = {k:v.detach().clone() for k,v in bufs.items()}
+    merges = any(type(m).train is not nn.Module.train for m in model.modules())       # it may write into what is lent
+    values = [state[k].clone() if merges else state[k] for k in params]
     def put(v, o): v.copy_(o) if v.shape==o.shape else v.set_(o.to(v.device, v.dtype, copy=True))      # some buffers grow
-    with torch.no_grad(), lend(params.values(), [state[k] for k in params]):
+    with uninterrupted(patience=1), torch.no_grad(), ExitStack() as lent:
         try:
-            for k,v in bufs.items(): put(v, state[k])
+            with uninterrupted(), _apart(model):
+                lent.enter_context(lend(params.values(), values))
+                for k,v in bufs.items(): put(v, state[k])
             yield model
         finally:
-            for k,v in bufs.items(): put(v, kept[k])
+            with uninterrupted(), _apart(model):
+                lent.close()
+                for k,v in bufs.items(): put(v, kept[k])
 
 # %% ../nbs/40_ensemble.ipynb #92effdbf
 def _place(keep_on):
@@ -161,17 +204,72 @@ def _place(keep_on):
         msg = f"keep_on={keep_on!r}: give 'cpu', 'disk' for temporary files, Path('a/folder') for files to keep, or a torch device"
         raise (ValueError if isinstance(keep_on, str) else TypeError)(msg) from None
 
-_member_files = re.compile(r'member_(\d+)\.pt')
+_member_files = re.compile(r'member_(\d{8,})\.pt')
+_leftovers = re.compile(r'member_\d{8,}\.pt(\.\w+)?\.tmp')
 def _its(folder): return sorted(int(m[1]) for m in (_member_files.fullmatch(p.name) for p in Path(folder).glob('member_*')) if m)
 def _file(folder, it): return Path(folder)/f'member_{it:08d}.pt'
+def _it(file): return int(_member_files.fullmatch(file.name)[1])
+def _read(file): return read_file(file, mmap=True)
 
-def _write(file, member):
-    "All or nothing"
-    tmp = file.with_name(file.name+'.tmp')
-    torch.save(member, tmp)
-    os.replace(tmp, file)
+def _refusal(f, *args, **kwargs):
+    "Why the file system refuses to do `f(*args, **kwargs)`, None if it doesn't"
+    try: f(*args, **kwargs)
+    except OSError as e: return str(e) or type(e).__name__
 
-def _read(file): return torch.load(file, map_location='cpu', mmap=True, weights_only=True)
+def _clear(folder):
+    "Remove what killed processes have left half-written"
+    for o in Path(folder).glob('member_*.tmp'):
+        if _leftovers.fullmatch(o.name): o.unlink(missing_ok=True)
+
+# %% ../nbs/40_ensemble.ipynb #f95e99e9
+def _check_member(m, it):
+    "ValueError, with what is wrong, for what cannot be the member of iteration `it`"
+    def rates(o): return isinstance(o, (list,tuple)) and len(o)>0 and all(is_num(v) and v>=0 for v in o)
+    state = m.get('state') if isinstance(m, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(o, torch.Tensor) for o in state.values()):
+        raise ValueError('it holds no weights of a model')
+    if not is_int(m.get('it')) or m['it']!=it:
+        raise ValueError(f"its name says iteration {it}, and it says {m.get('it')!r}")
+    if not rates(m.get('peaks')): raise ValueError(f"its learning rates are {m.get('peaks')!r}")
+    if not (m.get('moms') is None or rates(m['moms'])): raise ValueError(f"its momentum is {m['moms']!r}")
+    bad = next((k for k,v in state.items() if k.endswith('running_var') and (v<0).any()), None)
+    if bad: raise ValueError(f'{bad} has variances below 0')
+
+def _check_alike(m, members):
+    "ValueError where a member does not go with `members`, of which it is one"
+    state,others = m['state'],[o['state'] for o in members]
+    params = set(m.get('params', state))           # members of 0.3.0 do not say which of their tensors are parameters
+    diff = set(state)^set(others[0]) or {k for k in m.get('params', ()) if state[k].shape!=others[0][k].shape}
+    if diff: raise ValueError(f'it is of another model than the first one: {sorted(diff)[0]} differs')
+    values = {k:v for k,v in state.items() if k in params and (v.is_floating_point() or v.is_complex())}
+    if all_finite(values.values()): return
+    for k,v in values.items():
+        if not all_finite([v]) and not all(torch.equal(v, o[k]) for o in others):
+            raise ValueError(f'{k} has values that are not finite')
+
+def _check_goes_on(m, model, groups):
+    "ValueError where `model` and its optimizer, of so many parameter groups, did not make the member"
+    _check_fits(*({own_name(k):v for k,v in o.items()} for o in (_state(model), m['state'])))
+    if len(m['peaks'])!=groups:
+        raise ValueError(f'member {m["it"]} is of a fit with {len(m["peaks"])} parameter groups, the optimizer has '
+                         f'{groups}: go on with the splitter of that fit')
+
+def read_members(
+    members, # Files, or dicts as they are kept in memory
+    its, # The iteration of each
+)->list: # A dict for each, its tensors read when they are used
+    """Members that are looked at as a whole.
+
+    Raises ValueError, naming the file, for one that is damaged or does not go with the others."""
+    res = [o if isinstance(o, dict) else _read(o) for o in members]
+    def look(o, m, check, *args):
+        try: check(m, *args)
+        except ValueError as e:
+            name = f'member {m["it"]}' if isinstance(o, dict) else o
+            raise ValueError(f'{name} cannot be a member: {e}. Use an earlier copy of it, or take it away') from None
+    for o,m,it in zip(members, res, its): look(o, m, _check_member, it)
+    for o,m in zip(members, res): look(o, m, _check_alike, res)
+    return res
 
 # %% ../nbs/40_ensemble.ipynb #4dcbfa4f
 class Ensemble(CycleCallback):
@@ -183,8 +281,9 @@ class Ensemble(CycleCallback):
         keep_on='cpu', # Where members are: 'cpu', 'disk' (files that go with this object), Path('folder') (files that stay), or a torch device
         bn_batches:int=0, # Training batches for each member's BatchNorm statistics, measured when the fit ends. 0: the running ones it had. None: all batches
     ):
+        last,bn_batches = plain_number(last),plain_number(bn_batches)
         _n_batches(last, 'last', 'members')
-        if not (_is_int(bn_batches) and bn_batches==0): _n_batches(bn_batches, 'bn_batches')
+        if not (is_int(bn_batches) and bn_batches==0): _n_batches(bn_batches, 'bn_batches')
         self.last,self.keep_on,self.bn_batches = last,_place(keep_on),bn_batches
         self._members,self.collected,self._helpers = [],[],(_Refresh(self),)
 
@@ -195,7 +294,8 @@ class Ensemble(CycleCallback):
         return len(self._members)
     @property
     def members(self)->list:
-        "Parameters and buffers of each, a dict by name; those in files are read only as far as they are used"
+        """Parameters and buffers of each, as they are in training mode, a dict by name; those in files are in memory
+        only as far as they are used. Raises ValueError for a damaged file."""
         return [self._get(k)['state'] for k in range(self.n_members)]
     def _get(self, k):
         m = self._members[k]
@@ -204,12 +304,17 @@ class Ensemble(CycleCallback):
 # %% ../nbs/40_ensemble.ipynb #4d5c3024
 @patch
 def _put(self:Ensemble, it, member):
-    "Keep a member, in memory or in a file"
+    "Keep a member, in memory or in a file; in memory too if it cannot be written: neither it nor the training is lost"
     if isinstance(self.keep_on, torch.device): return member
     file = _file(self._folder(), it)
-    if self.keep_on=='disk': _write(file, member)         # temporary files are each process's own
-    else: self._by_all(lambda: None if self._shared and rank_distrib() else _write(file, member))       # then the others may read it
-    return file
+    shared = self._shared and self.keep_on!='disk'      # temporary files are each process's own
+    def write(meet): return None if shared and rank_distrib() else _refusal(write_file, member, file)
+    why,all_ = by_all(write, shared)                    # when all have met, the others may read it
+    why = next(filter(None, [why, *(all_ or ())]), None)
+    if why is None: return file
+    self._once('write', f'{file} could not be written ({why}): this member is kept in memory, and the training goes '
+                        'on. To have it in a file, make room and call save(folder) when the fit is over')
+    return member
 
 @patch(as_prop=True)
 def _shared(self:Ensemble): return is_ddp(self.learn.model)
@@ -224,54 +329,69 @@ def _check_place(self:Ensemble):
     "An error if members cannot be kept where they should be"
     try:
         if isinstance(self.keep_on, torch.device): torch.empty(0, device=self.keep_on)
-        elif not os.access(self._folder(), os.W_OK): raise PermissionError('not writable')
-    except (OSError,RuntimeError,AssertionError) as e: raise ValueError(f"keep_on='{self.keep_on}': members cannot be kept there ({str(e).splitlines()[0]}). Try keep_on='cpu'") from e
+        else: check_writable(_file(self._folder(), 0))
+        if isinstance(self.keep_on, Path): _clear(self.keep_on)
+    except (OSError,RuntimeError,AssertionError) as e:
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"keep_on='{self.keep_on}': members cannot be kept there ({why}). "
+                         "Try keep_on='cpu', or another folder") from e
 
 @patch
 def _folder(self:Ensemble):
-    if isinstance(self.keep_on, Path): folder = self.keep_on
-    else:
-        if self._tmp is None:
-            base = self.learn.path/self.learn.model_dir
-            base.mkdir(parents=True, exist_ok=True)
-            self._tmp = Path(tempfile.mkdtemp(prefix=f'{type(self).__name__}_', dir=base))
-            weakref.finalize(self, shutil.rmtree, self._tmp, ignore_errors=True)        # it goes when this object does
-        folder = self._tmp
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    if isinstance(self.keep_on, Path): return self.keep_on
+    if self._tmp is None:
+        base = self.learn.path/self.learn.model_dir
+        base.mkdir(parents=True, exist_ok=True)
+        self._tmp = Path(tempfile.mkdtemp(prefix=f'{type(self).__name__}_', dir=base))
+        weakref.finalize(self, shutil.rmtree, self._tmp, ignore_errors=True)        # it goes when this object does
+    return self._tmp
 
 @patch
 def _drop(self:Ensemble, k):
-    m = self._members.pop(k)
-    if not isinstance(m, dict): m.unlink(missing_ok=True)
+    m = self._members[k]
+    why = None if isinstance(m, dict) else _refusal(m.unlink, missing_ok=True)
+    if why: self._once('drop', f'{m} could not be removed ({why}): it is no member any more, remove it by hand')
+    del self._members[k]
 
 @patch
 def _take(self:Ensemble, model):
     on = self.keep_on if isinstance(self.keep_on, torch.device) else torch.device('cpu')
     self._layers = bn_layers(model)
-    self._members.append(self._put(self._done, dict(state=_copy(_state(model), on), it=self._done, peaks=self._peaks.tolist())))
-    while self.last and self.n_members>self.last: self._drop(0)
+    with uninterrupted(patience=1):
+        state = _state(model)
+        with _apart(model): copy = _copy(state, on)
+        moms = None if self._moms is None else [float(o) for o in self._moms]
+        member = dict(state=copy, params=list(_params(state)), it=self._done, peaks=self._peaks.tolist(), moms=moms)
+        self._members.append(self._put(self._done, member))
+        while self.last and self.n_members>self.last: self._drop(0)
 
 @patch
 def _resume_or_reset(self:Ensemble, model):
     "A fit with `start_epoch` goes on with the members up to there, those in a folder of files too; else a new ensemble begins"
-    done = self._epoch*self._cycles.n_iter
+    done,groups = self._epoch*self._cycles.n_iter,len(self.learn.opt.hypers)
     def find():
         self._check_place()                             # known now, not when the first member comes
-        if isinstance(self.keep_on, Path):
-            left = _its(self.keep_on)
-            if done and not self._members: self._members = [_file(self.keep_on, o) for o in left]
-            elif left and not done: raise ValueError(f'{self.keep_on} holds {len(left)} members of an earlier fit: give another folder or empty this one. To use them call load, to go on with that fit start_epoch')
-        while self._members and not done: self._drop(0)
-        self._members = list(self._members)
-        return [self._get(k)['it'] for k in range(self.n_members)]
-    its = self._by_all(find)                             # nobody deletes what another process has yet to read
-    for k in reversed(range(len(its))):
-        if its[k]>done: self._drop(k)                    # of a walk that is not the one that goes on here
-    self.collected = [o for o in its if o<=done]
+        left = _its(self.keep_on) if isinstance(self.keep_on, Path) else []
+        if left and not done:
+            raise ValueError(f'{self.keep_on} holds {len(left)} members of an earlier fit: give another folder or empty '
+                             'this one. To use them call load(folder), to go on with that fit give start_epoch')
+        members = list(self._members) or [_file(self.keep_on, o) for o in left]
+        its = [o['it'] if isinstance(o, dict) else _it(o) for o in members]
+        its = [o for o in its if o<=done] if done else []
+        read = read_members(members[:len(its)], its)
+        for m in read: _check_goes_on(m, model, groups)
+        return members,its,read
+    members,its,read = self._by_all(find)                # nobody deletes what another process has yet to read
+    last = read[-1] if read else {}
+    with uninterrupted(patience=1):
+        self._members,self.collected,self._layers = members,its,None
+        while self.n_members>len(its): self._drop(len(its))           # of a walk that is not the one that goes on here
+        self._peaks = np.array(last['peaks'], dtype=float) if last else None
+        self._moms = None if last.get('moms') is None else list(last['moms'])        # members of 0.3.0 have none
     lost = set([o for o in self._cycles.ends if o<=done][-(self.last or 0):])-set(its)
-    if lost: self._once('lost', f'{len(lost)} members of the fit that goes on here are not there: keep_on=Path(folder) has them outlive a process')
-    self._peaks = np.array(self._get(-1)['peaks']) if self._members else None
+    if lost:
+        self._once('lost', f'{len(lost)} members of the fit that goes on here are not there, and the ensemble will be '
+                           'without them. With keep_on=Path(folder) members outlive a process')
 
 # %% ../nbs/40_ensemble.ipynb #c3d82f29
 @patch
@@ -280,20 +400,31 @@ def _check_zero(self:Ensemble, lrs):
 
 @patch
 def _finish(self:Ensemble):
-    "Order -60 of after_fit"
-    if self.learn.lock.locked() or not self._active: return
     self._check_collected()
     if self.bn_batches==0: return
-    model = unwrap(self.learn.model)
     layers = trained_layers(self.learn) if self._layers is None else self._layers
-    names = {m:k for k,m in model.named_modules()}
-    for k in range(self.n_members):
-        m = self._get(k)
-        with lend_state(model, m['state']): stats = learner_stats(self.learn, layers, self.bn_batches)
-        if stats is None: return
-        state = dict(m['state'])
-        for l,mean,var in zip(stats.layers, stats.means, stats.vars): state[f'{names[l]}.running_mean'],state[f'{names[l]}.running_var'] = (o.to(m['state'][next(iter(state))].device) for o in (mean,var))
-        self._members[k] = self._put(m['it'], dict(m, state=state))
+    if not layers: return
+    with uninterrupted(patience=1):
+        for k in range(self.n_members): self._refresh(k, layers)
+
+@patch
+def _refresh(self:Ensemble, k, layers):
+    "Measure BatchNorm statistics for a member; where that cannot be done it keeps those that it has"
+    model = unwrap(self.learn.model)
+    try: m = self._get(k)
+    except ValueError as e: return self._once(k, f'{e}. This member keeps the BatchNorm statistics that it has')
+    try:
+        with lend_state(model, m['state']): stats = stats_that_fit(self.learn, layers, self.bn_batches)
+    except Exception as e:
+        if not is_out_of_memory(e): raise
+        return self._once('memory', 'there was not enough memory to measure the BatchNorm statistics of each member: '
+                                    'those without have the running statistics of their moment. To try again, call '
+                                    'learn.fit(n_epoch, start_epoch=n_epoch, cbs=ens), with the n_epoch of this fit')
+    names,dev = {o:name for name,o in model.named_modules()},next(iter(m['state'].values())).device
+    new = {}
+    for o,mean,var in zip(stats.layers, stats.means, stats.vars):
+        new.update({f'{names[o]}.running_mean':mean.to(dev), f'{names[o]}.running_var':var.to(dev)})
+    self._members[k] = self._put(m['it'], dict(m, state={**m['state'], **new}))
 
 @patch
 def after_fit(self:Ensemble):
@@ -308,21 +439,29 @@ def _same(a, b): return a.shape==b.shape and bool(((a==b)|((a!=a)&(b!=b))).all()
 class _Vote(Callback):
     "Adds up the members' activations, batch by batch; in the last pass their mean takes the place of the prediction"
     order = 1000
-    def __init__(self, n, act, inv, bar): self.n,self.act,self.inv,self.bar,self.sums,self.targs,self.seen = n,act,inv,bar,[],[],0
+    __setattr__ = object.__setattr__       # an attribute of somebody's model that is named so is no reason for a warning
+    def __init__(self, n, act, inv, bar, check):
+        self.n,self.act,self.inv,self.bar,self.check = n,act,inv,bar,check
+        self.sums,self.targs,self.seen,self.done,self.i = [],[],0,0,0
     def before_validate(self):
         get_model(self.learn.model).eval()
         self.i,self.seen = 0,self.seen+1
     def after_pred(self):
+        self.check()                                      # Ctrl-C waits for this
+        if self.seen>1 and self.i==len(self.sums): self._cut_short()
         pred = self.learn.pred
         a = self.act(_tmap(_double, pred))
         if self.inv is True: self.inv = self._find(pred)
         cpu = _tmap(lambda o: _wide(o.detach()).cpu(), a)
         targs = _tmap(lambda o: o.detach().cpu(), tuple(self.learn.yb))
-        if self.seen==1: self.sums.append(cpu); self.targs.append(targs)
+        if self.seen==1:
+            self.sums.append(cpu)
+            self.targs.append(targs)
         else:
             if not all(map(_same, _leaves(targs), _leaves(self.targs[self.i]))):
-                raise ValueError('the members were shown different items: this DataLoader draws another order, or other random transforms, each time it is used. '
-                                 'Give one for validation, such as learn.dls.test_dl(items, with_labels=True)')
+                raise ValueError('the members were shown different items: this DataLoader draws another order, or '
+                                 'other random transforms, each time it is used. Give one for validation, such as '
+                                 'learn.dls.test_dl(items, with_labels=True)')
             self.sums[self.i] = _tmap(torch.add, self.sums[self.i], cpu)
         if self.seen==self.n:
             mean = _tmap(lambda o,p: o.to(p.device)/self.n, self.sums[self.i], a)
@@ -332,6 +471,13 @@ class _Vote(Callback):
             self.sums[self.i] = None                      # not needed any more
         self.i += 1
         self.bar.update((self.seen-1)*len(self.learn.dl)+self.i)
+    def after_validate(self):
+        "Members have to see as many batches as the first one; in the last pass that is up to the learner"
+        self.done += 1
+        if self.seen!=self.done or (self.done<self.n and self.i!=len(self.sums)): self._cut_short()
+    def _cut_short(self):
+        raise RuntimeError('a callback has ended one of the passes over the data before its end, and what the members '
+                           'say about different items has no mean. Leave it out: with learn.removed_cbs(cb): ...')
     def _find(self, pred):
         "Tried on outputs that are made up: real ones may be special, all alike or not finite"
         g = torch.Generator().manual_seed(0)
@@ -345,28 +491,34 @@ class _Vote(Callback):
 @patch
 def _dl(self:Ensemble, learn, ds_idx, dl):
     "The DataLoader to use, once it is clear that there is something to do with it"
-    if not isinstance(learn, Learner): raise TypeError(f'{type(self).__name__} needs the learner, not {type(learn).__name__}: get_preds(learn), validate(learn), predict(learn, item)')
-    if not self._members: raise RuntimeError(f'this {type(self).__name__} has no members yet: pass it to a fit as a callback, or load them')
+    if not isinstance(learn, Learner):
+        raise TypeError(f'{type(self).__name__} needs the learner, not {type(learn).__name__}: '
+                        'get_preds(learn), validate(learn), predict(learn, item)')
+    if not self._members:
+        raise RuntimeError(f'this {type(self).__name__} has no members yet: pass it to a fit, learn.fit(n_epoch, '
+                           'cbs=ens), or ens.load(folder)')
     if dl is not None: return dl
-    if not _is_int(ds_idx): return ds_idx                        # a DataLoader without its name
+    if not is_int(ds_idx): return ds_idx                        # a DataLoader without its name
     if ds_idx>=len(learn.dls.loaders): raise ValueError(f'this learner has no DataLoader {ds_idx} (1 is for validation): give dl=')
     return learn.dls[ds_idx]
 
 @patch
 def _vote(self:Ensemble, learn, dl, act, inv, last, go):
     "`go` with a callback that makes it see the mean of the last `last` members"
+    last = plain_number(last)
     _n_batches(last, 'last', 'members')
     if last is not None and last>self.n_members: raise ValueError(f'last={last}: there are {self.n_members} members')
-    model,states = unwrap(learn.model),self.members[-(last or self.n_members):]
-    bar = _Bar(len(states)*len(dl), learn.create_mbar and hasattr(learn,'progress'), comment='members')
-    vote = _Vote(len(states), activation(learn.loss_func) if act is None else act, inv, bar)
-    try:
-        for state in states[:-1]:
-            with lend_state(model, state), side_pass(learn, dl, [vote]), torch.no_grad():
-                try: learn._with_events(learn.all_batches, 'validate', CancelValidException)
-                except _cancels: pass
-        with lend_state(model, states[-1]): return go(vote)
-    finally: bar.close()
+    n = last or self.n_members
+    model,states = unwrap(learn.model),[self._get(k)['state'] for k in range(self.n_members-n, self.n_members)]
+    bar = side_bar(learn, n*len(dl), 'members')
+    with uninterrupted(patience=1) as check:
+        vote = _Vote(n, activation(learn.loss_func) if act is None else act, inv, bar, check)
+        try:
+            for state in states[:-1]:
+                with lend_state(model, state), side_pass(learn, dl, [vote]): run_pass(learn)
+            with lend_state(model, states[-1]): return go(vote)
+        except _cancels: vote._cut_short()
+        finally: bar.close()
 
 # %% ../nbs/40_ensemble.ipynb #e2cc4c02
 class _Same:
@@ -390,7 +542,7 @@ def get_preds(self:Ensemble,
 
     Memory for the predictions in float64 is needed beside those returned. Raises RuntimeError without members, ValueError for a learner of another architecture
     or (`with_loss`) for an activation whose inverse is not known."""
-    given,dl = dl is not None or not _is_int(ds_idx),self._dl(learn, ds_idx, dl)
+    given,dl = dl is not None or not is_int(ds_idx),self._dl(learn, ds_idx, dl)
     if isinstance(dl, DataLoader):
         with rng_kept(dl):
             if not given or dl.drop_last: dl = dl.new(shuffle=False, drop_last=False)
@@ -424,47 +576,70 @@ def predict(self:Ensemble,
 )->tuple: # As from `learn.predict`: decoded prediction, its index, the mean of the members' outputs
     "What `learn.predict` returns, for the ensemble"
     self._dl(learn, 0, None)
-    own = vars(learn).get('get_preds')
-    learn.get_preds = partial(self.get_preds, learn, last=last)
-    try: return learn.predict(item, **kwargs)
-    finally:
-        if own is None: del learn.get_preds
-        else: learn.get_preds = own
+    own = {k:v for k,v in vars(learn).items() if k=='get_preds'}
+    with uninterrupted(patience=1):
+        try:
+            learn.get_preds = partial(self.get_preds, learn, last=last)
+            return learn.predict(item, **kwargs)
+        finally:
+            vars(learn).pop('get_preds', None)
+            vars(learn).update(own)
 
 # %% ../nbs/40_ensemble.ipynb #3556ca0b
 @patch
 def save(self:Ensemble,
     folder, # Path of a folder without members, made if it isn't there
 ):
-    "Write each member to a file of its own. Raises RuntimeError without members, ValueError if the folder holds members. Only rank 0 writes"
-    if not self._members: raise RuntimeError('there are no members to save')
+    """Write each member to a file of its own: all of them, or none. Only rank 0 writes.
+
+    Raises RuntimeError without members, ValueError if the folder holds members or one of these is damaged, OSError if
+    the folder cannot be written."""
+    if not self._members: raise RuntimeError('there are no members to save: pass this to a fit first, as a callback')
     if rank_distrib(): return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder,written = Path(folder),[]
     if _its(folder): raise ValueError(f'{folder} holds members already: give another folder, or empty this one')
-    for k in range(self.n_members):
-        m = self._get(k)
-        _write(_file(folder, m['it']), m)
+    with uninterrupted(patience=1) as check:
+        try:
+            for k in range(self.n_members):
+                m = self._get(k)
+                written.append(_file(folder, m['it']))
+                write_file(m, written[-1])
+                check()
+        except BaseException:
+            for o in written: o.unlink(missing_ok=True)
+            raise
 
 @patch
 def load(self:Ensemble,
     folder, # Path of a folder that `save` or `keep_on` has written
 )->'Ensemble': # The callback itself
-    "Use the members in a folder, in place of any present ones; the files stay there. Raises FileNotFoundError if there are none"
+    """Use the members in a folder, in place of any present ones; the files stay there.
+
+    Raises FileNotFoundError if there are none, ValueError, naming the file, for one that is damaged or does not go with
+    the others: nothing is changed then."""
     folder = Path(folder)
     its = _its(folder)
-    if not its: raise FileNotFoundError(f'{folder} has no members (files such as {_file(".", 100)})')
+    if not its:
+        raise FileNotFoundError(f'{folder} has no members (files such as {_file(".", 100)}): '
+                                'give a folder that save or keep_on=Path(folder) has written')
+    files = [_file(folder, o) for o in its]
+    read = read_members(files, its)
     own = isinstance(self.keep_on, Path) and self.keep_on.resolve()==folder.resolve()          # then these files are its own to go on with
-    self._members = [_file(folder, o) if own else _read(_file(folder, o)) for o in its]
-    self.collected = list(its)
+    with uninterrupted(): self._members,self.collected = files if own else read,its
     return self
 
 # %% ../nbs/40_ensemble.ipynb #b94d48b1
+@with_parameters
 class SnapshotEnsemble(Ensemble):
     """Cosine cycles over the whole fit, a member at the end of each; predictions are the mean of the members'.
 
     The learner's model ends with the weights of the last member. Raises TypeError or ValueError for arguments no fit could use.
-    Source: Huang et al. 2017."""
+    Source: Huang et al. 2017.
+
+    Example:
+        snap = SnapshotEnsemble(5)
+        learn.fit(60, lr, cbs=snap)
+        preds,targs = snap.get_preds(learn)      # the mean of five; snap.validate(learn) for loss and metrics"""
     _top = None
     def __init__(self,
         n_cycles:int=5, # Cycles in the fit, 1 or more: the papers' M
@@ -473,6 +648,7 @@ class SnapshotEnsemble(Ensemble):
         keep_on='cpu', # Where members are: 'cpu', 'disk' (files that go with this object), Path('folder') (files that stay), or a torch device
         bn_batches:int=0, # Training batches for each member's BatchNorm statistics, measured when the fit ends. 0: the running ones it had. None: all batches
     ):
+        n_cycles,lr_max = plain_number(n_cycles),plain_number(lr_max)
         _n_batches(n_cycles, 'n_cycles', 'cycles', none=False)
         if lr_max is not None: _check_lr('lr_max', lr_max)
         super().__init__(last, keep_on, bn_batches)
@@ -483,10 +659,14 @@ class SnapshotEnsemble(Ensemble):
     def _check_rates(self, n_groups): group_lrs(self.lr_max, [1.]*n_groups, 'lr_max')
     def _begun(self):
         self._top,n = None,len(self._cycles.ends)
-        if n and n<self.n_cycles: self._once('few', f'{self.n_cycles} cycles of whole iterations do not fit into {self._cycles.ends[-1]}: there will be {n}, each of ceil(T/M) iterations')
+        if n and n<self.n_cycles:
+            self._once('few', f'{self.n_cycles} cycles of whole iterations do not fit into {self._cycles.ends[-1]}: '
+                              f'there will be {n}, each of ceil(T/M) iterations')
     def _rates(self, it):
         if not self._cycles.ends: return None
-        if self._top is None: self._top = self._highest(); self._check_zero(self._top)
+        if self._top is None:
+            self._top = self._highest()
+            self._check_zero(self._top)
         return snapshot_lr(it, self._cycles.ends[-1], self.n_cycles, self._top)
     def _highest(self):
         if self.lr_max is not None: return group_lrs(self.lr_max, self._peaks, 'lr_max')
@@ -494,12 +674,18 @@ class SnapshotEnsemble(Ensemble):
         return self._peaks if sched is None else np.broadcast_to(sched.max(0), self._peaks.shape)
 
 # %% ../nbs/40_ensemble.ipynb #50f79bdc
+@with_parameters
 class FGE(Ensemble):
     """Fast geometric ensembling: ordinary training, then triangular cycles with a member where the rate is lowest; predictions are the mean of the members'.
 
     Without arguments for the schedule and beside an `SWA` in the same fit, it follows that: its members are the very weights that SWA averages.
     The learner's model ends with the weights of the last member (beside SWA, with the average). Raises TypeError or ValueError here for arguments no fit
-    could use, and at the start of a fit for a `cycle_len` that doesn't fit into it. Source: Garipov et al. 2018."""
+    could use, and at the start of a fit for a `cycle_len` that doesn't fit into it. Source: Garipov et al. 2018.
+
+    Example:
+        fge = FGE()
+        learn.fit(60, lr, cbs=fge)
+        preds,targs = fge.get_preds(learn)      # the mean over its members; fge.validate(learn) for loss and metrics"""
     _hi,_lo = None,None
     def __init__(self,
         start:float=None, # When cycles begin. float in [0,1): share of the fit. int: epochs before them. None: .8, or as a neighbouring SWA has it
@@ -510,10 +696,12 @@ class FGE(Ensemble):
         keep_on='cpu', # Where members are: 'cpu', 'disk' (files that go with this object), Path('folder') (files that stay), or a torch device
         bn_batches:int=0, # Training batches for each member's BatchNorm statistics, measured when the fit ends. 0: the running ones it had. None: all batches
     ):
-        _check_cycles(.8 if start is None else start, cycle_len)
+        start,lr_max,lr_min,cycle_len = map(plain_number, (start,lr_max,lr_min,cycle_len))
+        _check_fge(.8 if start is None else start, cycle_len)
         for k,v in dict(lr_max=lr_max, lr_min=lr_min).items():
             if v is not None: _check_lr(k, v)
-        if isinstance(lr_max, Real) and isinstance(lr_min, Real) and lr_max<lr_min: raise ValueError(f'lr_min={lr_min} is above lr_max={lr_max}: swap them')
+        if is_num(lr_max) and is_num(lr_min) and lr_max<lr_min:
+            raise ValueError(f'lr_min={lr_min} is above lr_max={lr_max}: swap them')
         super().__init__(last, keep_on, bn_batches)
         self.start,self.lr_max,self.lr_min,self.cycle_len = start,lr_max,lr_min,cycle_len
 
@@ -534,7 +722,9 @@ class FGE(Ensemble):
             self._hi = group_lrs(self.lr_max, self._peaks, 'lr_max')
             self._lo = self._hi/100 if self.lr_min is None else group_lrs(self.lr_min, self._peaks, 'lr_min')
             self._check_zero(self._hi)
-            if (self._hi<self._lo).any(): self._once('rising', f'lr_min={self.lr_min} is above lr_max, which is {self._hi.max():.2g} here: members are taken where the rate is highest')
+            if (self._hi<self._lo).any():
+                self._once('rising', f'lr_min={self.lr_min} is above lr_max, which is {self._hi.max():.2g} here: '
+                                     'members are taken where the rate is highest. Give both')
         n = 2*(c.ends[0]-c.begin)
         return fge_lr(((it-c.begin)%n+1)/n, self._hi, self._lo)
     def plot_sched(self, ax=None):
