@@ -234,7 +234,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastswa.callback.SWA._check_rates': ('callback.html#swa._check_rates', 'fastswa/callback.py'),
                                   'fastswa.callback.SWA._drives': ('callback.html#swa._drives', 'fastswa/callback.py'),
                                   'fastswa.callback.SWA._evaluate': ('callback.html#swa._evaluate', 'fastswa/callback.py'),
-                                  'fastswa.callback.SWA._expect_rounding': ('callback.html#swa._expect_rounding', 'fastswa/callback.py'),
                                   'fastswa.callback.SWA._finish': ('callback.html#swa._finish', 'fastswa/callback.py'),
                                   'fastswa.callback.SWA._hold': ('callback.html#swa._hold', 'fastswa/callback.py'),
                                   'fastswa.callback.SWA._install': ('callback.html#swa._install', 'fastswa/callback.py'),

@@ -15,12 +15,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.load import DataLoader as FastaiDataLoader
-from fastai.callback.fp16 import ModelToHalf
 from fastai.callback.schedule import LRFinder, ParamScheduler, SchedLin
 from fastai.callback.tracker import ReduceLROnPlateau, SaveModelCallback, TrackerCallback
 from fastai.learner import AvgLoss, Learner, SkipToEpoch, ValueMetric
@@ -384,14 +382,14 @@ class SWA(CycleCallback):
         cycle_len:float=None, # Epochs in a cycle, above 0, fractions allowed. None: one, or a tenth of the averaging phase if that is shorter
         swa_lr_max=None, # Learning rate at the beginning of each cycle: a number, slice or list. None: constant at `swa_lr`
         sched=SchedLin, # Shape between the two: a fastai schedule function of (start, end)
-        eval_every:int=0, # Evaluate the average every so many epochs, 0 or more, and after the last. 0: never
+        eval_every:int=0, # Evaluate the average every so many epochs, 0 or more, and after the last, into columns whose statistics are measured: those before them lag (`compare` is fair). 0: never
         bn_batches:int=None, # Training batches for BatchNorm statistics, 1 or more. None: all
         save_to=None, # File that `save` writes at the end of each epoch, after the first collection, so that a killed run can be resumed. None: no file
         check:bool=True, # When the fit ends, warn if the average is worse than the last weights, found on some 2,000 validation items. False: don't look
         **other, # Nothing: what other libraries call their parameters is answered with the name it has here
     ):
         if other: raise TypeError(_unknown(other))
-        start,cycle_len,swa_lr,swa_lr_max,eval_every,bn_batches = map(plain_number, (start, cycle_len, swa_lr, swa_lr_max, eval_every, bn_batches))
+        start,cycle_len,swa_lr,swa_lr_max,eval_every = map(plain_number, (start, cycle_len, swa_lr, swa_lr_max, eval_every))
         _check_cycles(start, cycle_len)
         if swa_lr is not None and swa_lr is not False: _check_lr('swa_lr', swa_lr)
         if swa_lr_max is not None:
@@ -402,7 +400,7 @@ class SWA(CycleCallback):
         _check_sched(sched)
         if not is_int(eval_every): raise TypeError(f'eval_every={eval_every!r}: give a whole number of epochs, 0 for no evaluation')
         if eval_every<0: raise ValueError(f'eval_every={eval_every}: give a number of epochs, 0 for no evaluation')
-        _n_batches(bn_batches, 'bn_batches')
+        bn_batches = _n_batches(bn_batches, 'bn_batches')
         if save_to is not None and not isinstance(save_to, (str,os.PathLike)): raise TypeError(f'save_to={save_to!r}: give the path of a file, or None')
         self.start,self.swa_lr,self.cycle_len,self.swa_lr_max,self.sched = start,swa_lr,cycle_len,swa_lr_max,sched
         if not isinstance(check, bool): raise TypeError(f'check={check!r}: give True or False')
@@ -664,7 +662,6 @@ def _install(self:SWA):
             cb.after_fit()                                            # loads the best average, or saves the last
             if cb.at_end: continue
             self._avg._adopt(self._saved[cb])
-            self._expect_rounding(self.learn)
             self._bn,self.collected = BNStats(self._bn.layers),collected[:self._saved[cb]]
 
 # %% ../nbs/30_callback.ipynb #9a2e07d6
@@ -723,18 +720,10 @@ def _why_worse(self:SWA):
 
 # %% ../nbs/30_callback.ipynb #52c6ddb8
 @patch
-def _expect_rounding(self:SWA, learn):
-    "`ModelToHalf` rounds the model in all that is not a fit too, one `validate` is enough, BatchNorm excepted: that is no training"
-    if not learn._grab_cbs(ModelToHalf): return
-    spared = {p for m in unwrap(learn.model).modules() if isinstance(m, _BatchNorm) and m.affine for p in m.parameters(recurse=False)}
-    self._avg._also(p if p in spared else p.detach().half().to(p.dtype) for p in self._avg._params)
-
-@patch
 def _put(self:SWA, learn):
     with uninterrupted():
         if not self._avg.inside: self._own_bn = BNStats(self._bn.layers)
         self._avg.apply(unwrap(learn.model))
-        self._expect_rounding(learn)
         self._bn.install()
 
 # %% ../nbs/30_callback.ipynb #c6828443
