@@ -20,7 +20,7 @@ def _run(nb):
     torch.set_num_threads = lambda n: set_num_threads(threads)   # notebooks ask for one, as that is quickest
     torch.set_num_threads(threads)
     was = sys.stderr,sys.__stderr__
-    with tempfile.TemporaryFile('w+', encoding='utf-8') as err:     # nbdev prints it to one or the other; 3.3.0 wants a file that the system knows
+    with tempfile.TemporaryFile('w+', encoding='utf-8') as err:     # nbdev prints it to one or the other, by its version
         sys.stderr = sys.__stderr__ = err
         try:
             with working_directory(nb.parent): ok,_ = run_nb(nb, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)
