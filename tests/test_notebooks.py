@@ -1,5 +1,5 @@
 "Every notebook runs, each in a fresh process"
-import io,os,sys,multiprocessing as mp
+import os,sys,tempfile,multiprocessing as mp
 from concurrent.futures import ProcessPoolExecutor,ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,12 +16,17 @@ ctx.set_forkserver_preload(['fastai.vision.all'])
 
 def _run(nb):
     "Whether `nb` runs through, and the traceback where it does not"
-    sys.__stderr__ = io.StringIO()   # where nbdev prints it
     threads,set_num_threads = int(os.environ['OMP_NUM_THREADS']),torch.set_num_threads
     torch.set_num_threads = lambda n: set_num_threads(threads)   # notebooks ask for one, as that is quickest
     torch.set_num_threads(threads)
-    with working_directory(nb.parent): ok,_ = run_nb(nb, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)
-    return ok,sys.__stderr__.getvalue()
+    was = sys.stderr,sys.__stderr__
+    with tempfile.TemporaryFile('w+', encoding='utf-8') as err:     # nbdev prints it to one or the other, by its version
+        sys.stderr = sys.__stderr__ = err
+        try:
+            with working_directory(nb.parent): ok,_ = run_nb(nb, skip_flags=cfg.tst_flags.split(), basepath=cfg.config_path)
+        finally: sys.stderr,sys.__stderr__ = was
+        err.seek(0)
+        return ok,err.read()
 
 def _run_fresh(nb):
     with ProcessPoolExecutor(1, mp_context=ctx) as ex: return ex.submit(_run, nb.absolute()).result()
