@@ -146,6 +146,6 @@ def test_a_fit_is_longer_by_what_comes_once():
     assert rows[-2]=='| the check, in a short fit | 5% | 5% |' and rows[-1]=='| each epoch that `eval_every` evaluates | 75% | 50% |'
 
 def test_time_of_a_fit_is_split():
-    def tiny(): return (*(TensorDataset(X[:64],Y[:64]) for _ in range(2)), net())
+    def tiny(): return (*(cost.TensorDataset(X[:64],Y[:64]) for _ in range(2)), net())
     assert 0<cost.one_fit(tiny)<10
     for ds,n in ((cost.Pictures(3),3), (cost.Pictures(2, train=False),2)): assert len(ds)==n and ds[1][0].shape==(3,32,32)
