@@ -665,22 +665,24 @@ def _install(self:SWA):
             self._bn,self.collected = BNStats(self._bn.layers),collected[:self._saved[cb]]
 
 # %% ../nbs/30_callback.ipynb #9a2e07d6
+def _batch_size(dl): return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 0
+
+def _n_items(dl): return getattr(dl, 'n', None) or (_length(dl) or 0)*_batch_size(dl)
+
 def _part(dl, n):
-    "A loader of the data of `dl`, and how many of its batches have about `n` items; None if nobody knows"
-    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
-    if not bs or not _length(dl): return None
-    if bs<=n or not isinstance(dl, FastaiDataLoader): return dl,min(max(int(n/bs), 1), len(dl))
+    "A loader of the data of `dl`, and how many of its batches have `n` items at most; None if there is no such"
+    bs = _batch_size(dl)
+    if 0<bs<=n and _length(dl): return dl,min(n//bs, len(dl))
+    if not bs or not _length(dl) or not isinstance(dl, FastaiDataLoader): return None
     with rng_kept(dl): return dl.new(bs=n),1
 
 @patch
 def _check_parts(self:SWA):
-    "Training and validation batches for the check, as `_part` gives them, for a twentieth of the fit; None where there is too little to say anything"
-    loaders = self.learn.dls.loaders
-    sizes = [(_length(dl) or 0)*(getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 0) for dl in loaders[:2]]
-    if len(sizes)<2: return None
-    # in forward passes of one item: a training step is about three of them, and the check makes four of each item
-    n = int(min(2000, self.learn.n_epoch*(3*sizes[0]+sizes[1])/20/4))
-    parts = [_part(dl, n) for dl in loaders[:2]] if n>=32 else [None]
+    "Training and validation batches for the check, as `_part` gives them; None where there is too little to say anything"
+    loaders = self.learn.dls.loaders[:2]
+    if len(loaders)<2: return None
+    n = int(min(2000, self.learn.n_epoch*sum(map(_n_items, loaders))/20/4))      # both models see `n` items of each loader: a twentieth of what the fit has read
+    parts = [_part(dl, n) for dl in loaders] if n>=32 else [None]
     return None if None in parts else parts
 
 @patch

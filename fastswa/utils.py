@@ -93,8 +93,10 @@ def write_file(
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, file)
-    except RuntimeError as e: raise OSError(f'{file}: {e}') from e       # torch's word for a full disk
-    finally: tmp.unlink(missing_ok=True)
+    except BaseException as e:
+        tmp.unlink(missing_ok=True)
+        if isinstance(e, RuntimeError): raise OSError(f'{file}: {e}') from e       # torch's word for a full disk
+        raise
     _sync_folder(file.parent)
 
 def check_writable(
