@@ -5,7 +5,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastswa.average.WeightAverage.__init__': ('average.html#weightaverage.__init__', 'fastswa/average.py'),
                                  'fastswa.average.WeightAverage.__repr__': ('average.html#weightaverage.__repr__', 'fastswa/average.py'),
                                  'fastswa.average.WeightAverage._adopt': ('average.html#weightaverage._adopt', 'fastswa/average.py'),
-                                 'fastswa.average.WeightAverage._also': ('average.html#weightaverage._also', 'fastswa/average.py'),
                                  'fastswa.average.WeightAverage._as_trained': ( 'average.html#weightaverage._as_trained',
                                                                                 'fastswa/average.py'),
                                  'fastswa.average.WeightAverage._check': ('average.html#weightaverage._check', 'fastswa/average.py'),

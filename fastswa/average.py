@@ -496,12 +496,6 @@ def _adopt(self:WeightAverage, n):
         self._recognise()
         self.n = n
 
-@patch
-def _also(self:WeightAverage, values):
-    "While the mean is inside: parameters that have become `values` are the mean still, rounded by somebody else"
-    for o,new in zip(self._prints, _fingerprints(values)):
-        if o is not None: o.add(new)
-
 # %% ../nbs/00_average.ipynb #f73b291b
 @patch
 @torch.no_grad()
