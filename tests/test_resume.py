@@ -103,6 +103,20 @@ def test_held_momentum_after_ctrl_c_in_fine_tune_and_one_cycle():
         return hyp.seen
     assert run(True)==run(False)[20:]
 
+def test_momentum_that_no_schedule_tells_of_is_in_the_file(tmp_path):
+    class Mom(Callback):
+        order,run_valid = 58,False
+        def before_batch(self): self.learn.opt.set_hyper('mom', .9-.02*(5*self.learn.epoch+self.learn.iter))
+    def run(l, swa, *cbs, **kw):
+        hyp = Hypers()
+        try: fit(l, 6, .1, cbs=[swa, Mom(), hyp, *cbs], **kw)
+        except KeyboardInterrupt: pass
+        return hyp.seen
+    new = lambda **kw: SWA(start=.5, cycle_len=.4, check=False, **kw)
+    whole = run(learner(), new())
+    run(learner(), new(save_to=tmp_path/'s.pt'), Checkpoint(4))
+    assert run(learner(), new().load(tmp_path/'s.pt'), start_epoch=5)==whole[25:] and len({m for o in whole[15:] for _,m in o})==1
+
 # ---- nothing left to train
 
 @pytest.mark.parametrize('how', ['file','same object'])
