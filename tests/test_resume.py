@@ -115,7 +115,7 @@ def test_momentum_that_no_schedule_tells_of_is_in_the_file(tmp_path):
     new = lambda **kw: SWA(start=.5, cycle_len=.4, check=False, **kw)
     whole = run(learner(), new())
     run(learner(), new(save_to=tmp_path/'s.pt'), Checkpoint(4))
-    assert run(learner(), new().load(tmp_path/'s.pt'), start_epoch=5)==whole[25:] and len({m for o in whole[15:] for _,m in o})==1
+    assert run(learner(), new().load(tmp_path/'s.pt'), start_epoch=5)==whole[25:] and len({m for o in whole[16:] for _,m in o})==1
 
 # ---- nothing left to train
 
