@@ -130,8 +130,8 @@ def one_fit(make, epochs=2, **kw):
 
 def fits(rounds, name, make):
     "Time of SWA, a snapshot an epoch and what comes at the end, in epochs of the fit without it"
-    # the check is bounded by the length of the fit, and left out of such short ones
-    arms = {'SWA()':dict(epochs=5), 'SWA(check=False)':dict(check=False),
+    # the check is bounded by the length of the fit, and left out of shorter ones
+    arms = {'SWA()':dict(epochs=10), 'SWA(check=False)':dict(check=False),
             'SWA(eval_every=1)':dict(eval_every=1, check=False)}
     res = {k:[] for k in arms}
     for _ in range(rounds):
@@ -151,8 +151,8 @@ def fit_table(res):
     def row(name, f): return name,[f'{100*f(o):.2g}%' for o in res['fits'].values()]
     def once(o): return o['SWA(check=False)']
     rows = [row(f'averaging and BatchNorm statistics, {n} epochs', lambda o: once(o)/n) for n in (5,10,50)]
-    # measured in fits of 5 epochs, and of 2
-    rows += [row('the check, in a short fit', lambda o: (o['SWA()']-once(o))/5),
+    # measured in fits of 10 epochs, and of 2
+    rows += [row('the check, in a fit of 10 epochs', lambda o: (o['SWA()']-once(o))/10),
              row('each epoch that `eval_every` evaluates', lambda o: (o['SWA(eval_every=1)']-once(o))/2)]
     return table('a fit takes longer by', list(res['fits']), rows)
 

@@ -140,10 +140,10 @@ def test_cost_tables_are_whole():
     for o in [cost.fit_table(res), *cost.step_tables(res)]: assert len({line.count('|') for line in o.splitlines()})==1
 
 def test_a_fit_is_longer_by_what_comes_once():
-    a,c = ({'SWA()':x+.25, 'SWA(check=False)':x, 'SWA(eval_every=1)':2.} for x in (.5,1.))
+    a,c = ({'SWA()':x+.5, 'SWA(check=False)':x, 'SWA(eval_every=1)':2.} for x in (.5,1.))
     rows = cost.fit_table(dict(fits=dict(a=a, c=c))).splitlines()
     assert rows[0]=='| a fit takes longer by | a | c |' and rows[2]=='| averaging and BatchNorm statistics, 5 epochs | 10% | 20% |'
-    assert rows[-2]=='| the check, in a short fit | 5% | 5% |' and rows[-1]=='| each epoch that `eval_every` evaluates | 75% | 50% |'
+    assert rows[-2]=='| the check, in a fit of 10 epochs | 5% | 5% |' and rows[-1]=='| each epoch that `eval_every` evaluates | 75% | 50% |'
 
 def test_time_of_a_fit_is_split():
     def tiny(): return (*(cost.TensorDataset(X[:64],Y[:64]) for _ in range(2)), net())
