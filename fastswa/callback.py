@@ -708,7 +708,7 @@ def _check_helped(self:SWA):
     if len(last)!=len(mean) or not len(last): return
     worse,err = (mean-last).mean(),(mean-last).std()/max(len(last)-1, 1)**.5
     if not worse>max(2*err, .01*abs(last.mean())) or rank_distrib(): return
-    self._once('worse', f'the average is worse than the last weights: loss {mean.mean():.4g} against {last.mean():.4g} on {len(last)} validation batches, with BatchNorm statistics '
+    self._once('worse', f'the average is worse than the last weights: loss {mean.mean():.4g} against {last.mean():.4g} on a part of the validation data, BatchNorm statistics '
                         f'measured for both. {self._why_worse()} swa.restore(learn), then learn.update_bn(), gives you the last weights; swa.compare(learn) shows all of them.')
 
 @patch
