@@ -964,6 +964,7 @@ def fit_swa(self:Learner,
     cbs=None, # More callbacks
     reset_opt:bool=False, # Begin with a new optimizer
     start_epoch:int=0, # Epochs already done, when resuming
+    check:bool=True, # Warn if the average is worse than the last weights
 )->SWA: # The callback, which answers for the average
     """The authors' whole recipe: the rate is flat for half of the ordinary training, falls linearly to `swa_lr` at 90% of it, then cycles are averaged.
 
@@ -973,12 +974,12 @@ def fit_swa(self:Learner,
     lrs = np.array([h['lr'] for h in self.opt.hypers])
     if swa_lr is False: raise ValueError('fit_swa sets the schedule: for your own one use learn.fit(..., cbs=SWA(swa_lr=False))')
     lo = group_lrs(swa_lr, lrs)
-    swa = SWA(start, lo.tolist(), cycle_len, swa_lr_max, sched, eval_every, bn_batches, save_to)
+    swa = SWA(start, lo.tolist(), cycle_len, swa_lr_max, sched, eval_every, bn_batches, save_to, check)
     n_iter = _n_iter(self)
     cyc = swa_cycles(n_epoch, n_iter, start, cycle_len)
     if load_from is not None: swa.load(load_from)
     elif cyc.ends and start_epoch*n_iter>=cyc.ends[0]:
-        warnings.warn(f'start_epoch={start_epoch} lies after the first collection: without load_from, a file that save_to has written, what was averaged before is lost')
+        warn_user(f'start_epoch={start_epoch} lies after the first collection: without load_from, a file that save_to has written, what was averaged before is lost')
     begin = cyc.begin/max(n_epoch*n_iter, 1)
     self.fit(n_epoch, wd=wd, cbs=[ParamScheduler({'lr': sched_authors(lrs, lo, begin)}), swa, *L(cbs)], reset_opt=reset_opt, start_epoch=start_epoch)
     return swa

@@ -161,6 +161,13 @@ def test_can_be_left_out_and_is_left_out_without_data():
     l.dls = DataLoaders(l.dls.train)
     with pytest.raises(Exception): fit(l, 1, cbs=SWA())                                # fastai's own, with and without SWA
 
+def test_the_check_of_fit_swa():
+    for check in (True,False):
+        l = linear()
+        def go():
+            with quiet(l): l.fit_swa(4, .1, check=check, cbs=Walk(np.linspace(6, 2, 200)))
+        assert len(worse(go))==check
+
 class Seen(nn.Module):
     "Counts items"
     def __init__(self): super().__init__(); self.n,self.trained = 0,0
