@@ -670,13 +670,16 @@ def _install(self:SWA):
 # %% ../nbs/30_callback.ipynb #9a2e07d6
 def _batch_size(dl): return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 0
 
-def _n_items(dl): return getattr(dl, 'n', None) or (_length(dl) or 0)*_batch_size(dl)
+def _n_items(dl):
+    "Items that this process reads in an epoch"
+    most = (_length(dl) or 0)*_batch_size(dl)
+    return min(getattr(dl, 'n', None) or most, most)
 
 def _part(dl, n):
     "A loader of the data of `dl`, and how many of its batches have `n` items at most; None if there is no such"
     bs = _batch_size(dl)
     if 0<bs<=n and _length(dl): return dl,min(n//bs, len(dl))
-    if not bs or not _length(dl) or not isinstance(dl, FastaiDataLoader): return None
+    if not bs or not _length(dl) or not isinstance(dl, FastaiDataLoader) or gives_parts(dl): return None
     with rng_kept(dl): return dl.new(bs=n),1
 
 @patch

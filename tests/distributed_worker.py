@@ -90,6 +90,18 @@ def average_is_that_of_one_process_with_the_joined_batches():
     close(weights(learn.model), weights(one.model), 1e-4)
 
 @check
+def the_check_at_the_end_is_made_together():
+    seen = []
+    class Watched(SWA):
+        def _losses(self, *args):
+            seen.append(super()._losses(*args))
+            return seen[-1]
+    swa = Watched()
+    learn,_ = fitted(10, learn=made(n=1000, n_valid=600), cbs=swa)
+    assert len(seen)==2 and len(seen[0])==len(seen[1])>0 and equal_everywhere([float(o) for a in seen for o in a])
+    assert equal_everywhere(state(learn.model))
+
+@check
 def statistics_are_those_of_one_process():
     swa = SWA()
     learn,_ = fitted(2, learn=split(), cbs=swa)
