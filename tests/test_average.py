@@ -570,7 +570,9 @@ def test_ctrl_c_at_any_line(what, make):
         elif what=='copy_to': avg.copy_to(other)
         elif what=='load_state_dict': avg.load_state_dict(saved)
         elif what=='force':
-            with warnings.catch_warnings(action='ignore'): avg.restore(m, force=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                avg.restore(m, force=True)
         else: getattr(avg, what)(m)
     avg = begin()
     lines = lines_run(lambda: go(avg))

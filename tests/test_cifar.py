@@ -466,7 +466,8 @@ def test_table_on_narrow_screens(width):
 
 args = '--model preresnet110 --data cifar100 --epochs 4'.split()
 
-def test_main(folder, pixels, tmp_path, capsys, small, whole):
+def test_main(folder, pixels, tmp_path, capsys, small, whole, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '96')                                  # whatever the screen that the tests run on
     assert main([*args,'--path',str(folder),'--out',str(tmp_path/'o'),'--runs','2','--seed','0']) is None
     text = capsys.readouterr().out
     res = json.loads((tmp_path/'o/results.json').read_text())
