@@ -720,7 +720,8 @@ def _why_worse(self:SWA):
     lrs = np.array(self._lrs[self._cycles.begin-self._done:])
     if len(lrs) and lrs[-1]<lrs.max()/10:
         return 'The rate fell so low that the weights hardly moved at the end, and the mean is of weights that were on their way: hold the rate (swa_lr=None), or average later.'
-    losses = np.array([float(o) for o in getattr(getattr(self.learn, 'recorder', None), 'losses', [])][self._cycles.begin-self._done:])
+    losses = getattr(getattr(self.learn, 'recorder', None), 'losses', [])[self._cycles.begin-self._done:]
+    losses = np.array([float(o) for o in losses])
     third = len(losses)//3
     if third and losses[-third:].mean()<.99*losses[:third].mean():
         return 'The training loss still falls, and a mean lags behind: train for more epochs, or begin later (start=).'
@@ -794,7 +795,7 @@ def compare(self:SWA,
     def score(): return _score(learn, metrics, dl=dl, comment='compare').values()
     with uninterrupted(patience=1):
         if inside:
-            self._avg.average                                 # an error if it is not there any more
+            self._avg._still_inside()
             self.restore(learn)
         try:
             rows = [score()]
