@@ -645,7 +645,7 @@ def _finish(self:SWA):
     try:
         with uninterrupted(patience=1):
             with self._avg.swapped(unwrap(self.learn.model)): self._stats(self.learn, stats_that_fit)
-            if self.check and not self._saved: self._check_helped()
+            if self.check and not self._saved: self._try_check()
     except Exception as e:
         if not is_out_of_memory(e): raise
         if self._bn is None:
@@ -670,25 +670,44 @@ def _install(self:SWA):
 # %% ../nbs/30_callback.ipynb #9a2e07d6
 def _batch_size(dl): return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 0
 
+def _worker_owner(dl): return getattr(dl, 'fake_l', dl)           # fastai's loaders leave their workers to one of torch's
+
 def _n_items(dl):
     "Items that this process reads in an epoch"
     most = (_length(dl) or 0)*_batch_size(dl)
     return min(getattr(dl, 'n', None) or most, most)
 
-def _part(dl, n):
-    "A loader of the data of `dl`, and how many of its batches have `n` items at most; None if there is no such"
+def _part(dl, n, batches):
+    "A loader of the data of `dl`, and how many of its batches have `n` items at most, `batches` at least; None if there is no such"
     bs = _batch_size(dl)
-    if 0<bs<=n and _length(dl): return dl,min(n//bs, len(dl))
-    if not bs or not _length(dl) or not isinstance(dl, FastaiDataLoader) or gives_parts(dl): return None
-    with rng_kept(dl): return dl.new(bs=n),1
+    if not bs or not _length(dl): return None
+    if bs*batches<=n: return dl,min(n//bs, len(dl))
+    if not isinstance(dl, FastaiDataLoader) or gives_parts(dl): return None
+    try:
+        with rng_kept(dl): small = dl.new(bs=n//batches)
+    except Exception: return None                                 # a loader of one's own need not be made that way
+    return (small,batches) if _length(small) else None
+
+@contextmanager
+def _in_process(*dls):
+    "Inside the block the loaders read what is asked for, and no workers are started that would read ahead"
+    owners = [_worker_owner(dl) for dl in dls]
+    workers = [o.num_workers for o in owners]
+    try:
+        for o in owners: o.num_workers = 0
+        yield
+    finally:
+        for o,n in zip(owners, workers): o.num_workers = n
 
 @patch
 def _check_parts(self:SWA):
     "Training and validation batches for the check, as `_part` gives them; None where there is too little to say anything"
     loaders = self.learn.dls.loaders[:2]
-    if len(loaders)<2: return None
-    n = int(min(2000, self.learn.n_epoch*sum(map(_n_items, loaders))/20/4))      # both models see `n` items of each loader: a twentieth of what the fit has read
-    parts = [_part(dl, n) for dl in loaders] if n>=32 else [None]
+    if len(loaders)<2 or not self._cycles.n_iter: return None
+    epochs = (self._done-self._skipped)/self._cycles.n_iter
+    workers = max(1, *(getattr(_worker_owner(dl), 'num_workers', 0) for dl in loaders))       # they share the work of the fit, and none of this
+    n = int(min(2000, epochs*sum(map(_n_items, loaders))/20/4/workers))          # both models see `n` items of each loader: a twentieth of what the fit has read
+    parts = [_part(dl, n, k) for dl,k in zip(loaders, (1,4))] if n>=32 else [None]
     return None if None in parts else parts
 
 @patch
@@ -702,23 +721,32 @@ def _check_helped(self:SWA):
     "One warning if the average is clearly worse than the last weights, statistics measured for both"
     parts = self._check_parts()
     if parts is None: return
-    train,n_train = parts[0]
+    (train,n_train),(valid,n_valid) = parts
     measured = self._bn if train is self.learn.dls.train and n_train==len(train) and self.bn_batches is None else None
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _in_process(train, valid):
         warnings.simplefilter('ignore')                      # what there is to say of the statistics has been said
         last = self._losses(*parts)
         with self._avg.swapped(unwrap(self.learn.model)): mean = self._losses(*parts, measured)
-    if len(last)!=len(mean) or not len(last): return
-    worse,err = (mean-last).mean(),(mean-last).std()/max(len(last)-1, 1)**.5
+    if len(last)!=len(mean) or len(last)<2: return
+    worse,err = (mean-last).mean(),(mean-last).std()/(len(last)-1)**.5
     if not worse>max(2*err, .01*abs(last.mean())) or rank_distrib(): return
-    self._once('worse', f'the average is worse than the last weights: loss {mean.mean():.4g} against {last.mean():.4g} on a part of the validation data, BatchNorm statistics '
-                        f'measured for both. {self._why_worse()} swa.restore(learn), then learn.update_bn(), gives you the last weights; swa.compare(learn) shows all of them.')
+    fair,then = (', with BatchNorm statistics measured for both',', then learn.update_bn(),') if self._layers else ('','')
+    self._once('worse', f'the average is worse than the last weights: loss {mean.mean():.4g} against {last.mean():.4g} on some {n_valid*_batch_size(valid)} validation items{fair}. '
+                        f'{self._why_worse()} swa.restore(learn){then} puts back what the average replaced; swa.compare(learn) shows all of it.')
+
+@patch
+def _try_check(self:SWA):
+    "The check, which is no reason to lose an average"
+    try: self._check_helped()
+    except Exception as e:
+        if not is_out_of_memory(e): self._once('check', f'whether the average is better than the last weights could not be checked ({type(e).__name__}: {e}): SWA(check=False) leaves the check out')
 
 @patch
 def _why_worse(self:SWA):
     "The likely reason, and what to change"
     lrs = np.array(self._lrs[self._cycles.begin-self._done:])
-    if len(lrs) and lrs[-1]<lrs.max()/10:
+    third = len(lrs)//3
+    if third and lrs[-third:].max()<lrs[:third].max()/4:             # not the end of a cycle, but of an annealing schedule
         return 'The rate fell so low that the weights hardly moved at the end, and the mean is of weights that were on their way: hold the rate (swa_lr=None), or average later.'
     losses = getattr(getattr(self.learn, 'recorder', None), 'losses', [])[self._cycles.begin-self._done:]
     losses = np.array([float(o) for o in losses])
@@ -787,10 +815,14 @@ def compare(self:SWA,
     dl=None, # DataLoader. None: the validation one
 )->pd.DataFrame: # A row each for the last weights, the last weights with measured BatchNorm statistics, and the average; columns `loss` and the learner's metrics
     """Whether averaging helped. The first row has the running statistics that training left behind, the second is the fair comparison for the third.
+    (Where `SaveModelCallback` has loaded the best weights of the fit, these stand for the last ones.)
 
     Everything is as it was afterwards, random streams included. Costs three passes over the validation data, and one over the training data where there is BatchNorm.
     Raises TypeError without a learner, RuntimeError if nothing has been averaged or the model was trained on."""
     self._known(learn, 'compare')
+    if dl is None and len(learn.dls.loaders)<2: raise ValueError('swa.compare(learn): this learner has no validation data: give a DataLoader, swa.compare(learn, dl=...)')
+    dl = learn.dls.valid if dl is None else dl
+    if _length(dl) is None: raise TypeError(f'swa.compare(learn, dl=...): give a DataLoader that knows its length, not {type(dl).__name__}')
     metrics,inside = _metrics(learn),self._avg.inside
     def score(): return _score(learn, metrics, dl=dl, comment='compare').values()
     with uninterrupted(patience=1):

@@ -161,6 +161,77 @@ def test_can_be_left_out_and_is_left_out_without_data():
     l.dls = DataLoaders(l.dls.train)
     with pytest.raises(Exception): fit(l, 1, cbs=SWA())                                # fastai's own, with and without SWA
 
+def odd_learner(train, valid, **kw): return learner(plain_net(), data=DataLoaders(train, valid), **kw)
+items = [*zip(X[:400], Y[:400])]
+
+class MyDL(FastaiDataLoader):
+    def __init__(self, ds, extra, **kw): super().__init__(ds, **kw)
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, n): self.n = n
+    def __iter__(self): return iter(items[:self.n])
+
+@pytest.mark.parametrize('make', [lambda n: MyDL(items[:n], 1, bs=64), lambda n: FastaiDataLoader(Stream(n), n=n, bs=64),
+    lambda n: torch.utils.data.DataLoader(items[:n], batch_sampler=torch.utils.data.BatchSampler(range(n), 64, False))])
+def test_loaders_that_cannot_be_made_smaller_are_left_alone(make):
+    l,swa = odd_learner(make(400), make(100)),SWA()
+    assert not told(lambda: fit(l, 10, cbs=swa), 'check') and swa._avg.is_inside()
+
+def told(f, match):
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        f()
+    return [w for w in ws if match in str(w.message)]
+
+def test_an_error_in_the_check_is_no_reason_to_lose_the_average():
+    "Validation data that this loss cannot score, which a callback knows"
+    class No(Callback):
+        def before_validate(self): raise CancelValidException()
+    valid = [(x, torch.rand(3)) for x,_ in items[:100]]
+    l,swa = odd_learner(FastaiDataLoader(items, bs=40), FastaiDataLoader(valid, bs=20), cbs=No(), metrics=[]),SWA()
+    assert len(told(lambda: fit(l, 10, cbs=swa), 'could not be checked'))==1 and swa._avg.is_inside()
+
+def test_the_check_starts_no_workers_and_has_four_batches():
+    class Data:
+        def __init__(self): self.over = False
+        def __len__(self): return 300
+        def __getitem__(self, i):
+            if self.over and torch.utils.data.get_worker_info() is not None: raise RuntimeError('a worker has read')
+            return items[i]
+    class Over(Callback):
+        order = -100
+        def after_fit(self): train.over = valid.over = True
+    seen = []
+    class Watched(SWA):
+        def _losses(self, *args):
+            seen.append(super()._losses(*args))
+            return seen[-1]
+    train,valid = Data(),Data()
+    l = odd_learner(FastaiDataLoader(train, bs=50, num_workers=1), FastaiDataLoader(valid, bs=300, num_workers=1))
+    assert not told(lambda: fit(l, 6, cbs=[Watched(), Over()]), 'check')
+    assert [len(o) for o in seen]==[4,4] and [o.fake_l.num_workers for o in l.dls]==[1,1]
+
+def test_a_saw_tooth_is_no_annealing():
+    l,swa,f = walk([4., 2.], swa=SWA(swa_lr=1e-3, swa_lr_max=.1))
+    assert len(ws:=worse(f))==1 and 'hardly moved' not in str(ws[0].message) and 'BatchNorm' not in str(ws[0].message)
+
+def test_nothing_left_to_train_is_nothing_to_check():
+    seen,ws = Seen(),None
+    l = learner(nn.Sequential(seen, plain_net()), n=400, n_valid=100)
+    fit(l, 10, cbs=(swa:=SWA(check=False)))
+    swa.restore(l)
+    seen.n,swa.check = 0,True
+    fit(l, 10, start_epoch=10, cbs=swa)
+    assert seen.n==0 and swa._avg.is_inside()
+
+def test_compare_without_validation_data():
+    l,swa = learner(),SWA(); fit(l, 3, cbs=swa)
+    valid = l.dls.valid
+    l.dls = DataLoaders(l.dls.train)
+    with pytest.raises(ValueError, match='no validation data'): swa.compare(l)
+    with pytest.raises(TypeError, match='knows its length'): swa.compare(l, dl=iter(valid))
+    with quiet(l): assert len(swa.compare(l, dl=valid))==3
+
 def test_the_check_of_fit_swa():
     for check in (True,False):
         l = linear()
