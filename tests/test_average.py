@@ -498,7 +498,7 @@ def test_an_embedding_with_max_norm_trims_its_rows(dtype):
     avg.restore(m)
     assert all(map(torch.equal, m.parameters(), own)) and avg.n==3 and torch.equal(avg.average[1], mean[1])
     avg.apply(m)
-    m[0].weight.data[3].neg_()                                       # another length might be trimmed away
+    m[0].weight.data[3,:3] += .5                                    # another length might be trimmed away
     assert not avg.is_inside()
 
 # --- lazy modules ---
