@@ -97,7 +97,9 @@ def the_check_at_the_end_is_made_together():
             seen.append(super()._losses(*args))
             return seen[-1]
     swa = Watched()
-    learn,_ = fitted(10, learn=made(n=1000, n_valid=600), cbs=swa)
+    train,valid = list(zip(X[:1000],Y[:1000])),list(zip(X[1000:1600],Y[1000:1600]))
+    data = DataLoaders(FastaiDataLoader(train, bs=20, shuffle=True, drop_last=True), FastaiDataLoader(valid, bs=12))
+    learn,_ = fitted(10, learn=made(data=data), cbs=swa)
     assert len(seen)==2 and len(seen[0])==len(seen[1])>0 and equal_everywhere([float(o) for a in seen for o in a])
     assert equal_everywhere(state(learn.model))
 
