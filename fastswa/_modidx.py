@@ -509,7 +509,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fastswa.landscape._Picture': ('landscape.html#_picture', 'fastswa/landscape.py'),
                                    'fastswa.landscape._Picture._axes': ('landscape.html#_picture._axes', 'fastswa/landscape.py'),
                                    'fastswa.landscape._Picture._heads': ('landscape.html#_picture._heads', 'fastswa/landscape.py'),
-                                   'fastswa.landscape._buffers_kept': ('landscape.html#_buffers_kept', 'fastswa/landscape.py'),
                                    'fastswa.landscape._count': ('landscape.html#_count', 'fastswa/landscape.py'),
                                    'fastswa.landscape._direction': ('landscape.html#_direction', 'fastswa/landscape.py'),
                                    'fastswa.landscape._dot': ('landscape.html#_dot', 'fastswa/landscape.py'),

@@ -27,7 +27,7 @@ from fastai.learner import AvgLoss, Learner, ValueMetric, load_model
 from fastai.torch_core import apply, find_bs, num_distrib
 
 from .average import WeightAverage, _averaged, _real, _wide, all_finite, unwrap
-from .batchnorm import BNStats, _Bar, _cancels, learner_stats, side_pass, trained_layers
+from .batchnorm import BNStats, _Bar, _cancels, buffers_kept, learner_stats, side_pass, trained_layers
 from .callback import SWA, _Meter, _own_copy
 from .utils import uninterrupted
 
@@ -133,15 +133,6 @@ def _number(x, name, least=None):
     if not np.isfinite(x) or (least is not None and x<least): raise ValueError(f'{name}={x}: give a finite number' + ('' if least is None else f', {least} or more'))
 
 # %% ../nbs/50_landscape.ipynb #c99a5aa1
-@contextmanager
-def _buffers_kept(model):
-    "Buffers of `model` have the values after the block that they had before it"
-    own = [(b,b.clone()) for b in model.buffers()]
-    try: yield
-    finally:
-        with torch.no_grad(), uninterrupted():
-            for b,o in own: b.copy_(o)
-
 def _move(to, origin, steps):
     "Write origin + sum of t*direction into the tensors `to`"
     torch._foreach_copy_(to, origin)
@@ -158,7 +149,7 @@ def _measuring(learn, metric, n_train, n_valid, total):
     place,layers,done = WeightAverage(model),trained_layers(learn),0
     place.n = 1             # its tensors will be filled with one place after the other, and lent by pointer
     progress = getattr(learn, 'progress', None) if learn.create_mbar else None
-    with uninterrupted(patience=1) as check, torch.no_grad(), warnings.catch_warnings(), _buffers_kept(model), side_pass(learn, dls.train):
+    with uninterrupted(patience=1) as check, torch.no_grad(), warnings.catch_warnings(), buffers_kept(model), side_pass(learn, dls.train):
         warnings.filterwarnings('ignore', 'the inputs of .* were not finite')      # far out they may be; the picture shows it
         train = _keep(dls.train, n_train, False, check)
         valid = _keep(dls[1], n_valid, True, check) if len(dls.loaders)>1 else _Kept()

@@ -216,7 +216,7 @@ def test_a_saw_tooth_is_no_annealing():
     assert len(ws:=worse(f))==1 and 'hardly moved' not in str(ws[0].message) and 'BatchNorm' not in str(ws[0].message)
 
 def test_nothing_left_to_train_is_nothing_to_check():
-    seen,ws = Seen(),None
+    seen = Seen()
     l = learner(nn.Sequential(seen, plain_net()), n=400, n_valid=100)
     fit(l, 10, cbs=(swa:=SWA(check=False)))
     swa.restore(l)
