@@ -16,85 +16,12 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 
-from .utils import get_modes, is_int, plain_number, set_modes, uninterrupted, warn_user
-
-# %% ../nbs/00_average.ipynb #6ea387c9
-def _wide(dtype):
-    "The type in which weights of `dtype` are averaged"
-    if dtype.is_complex: return torch.complex64 if dtype.itemsize<8 else dtype
-    return torch.float32 if dtype.itemsize<4 else dtype
-
-# %% ../nbs/00_average.ipynb #9f05f4db
-def unwrap(
-    model:nn.Module, # A module, perhaps wrapped by `torch.compile`, `DataParallel` or `DistributedDataParallel`
-)->nn.Module: # The module inside all wrappers
-    "The user's own module. Raises TypeError for what is no module"
-    if not isinstance(model, nn.Module):
-        raise TypeError(f'give a model (an nn.Module), not {type(model).__name__}: that of a Learner is learn.model')
-    while True:
-        if hasattr(model, '_orig_mod'): model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-        else: return model
-
-def own_name(k): return '.'.join(o for o in k.split('.') if o!='_orig_mod')     # as it is where no part of the model is compiled
-
-# %% ../nbs/00_average.ipynb #d0bd47e2
-def _averaged(model):
-    "Name and parameter of everything in `model` that has a mean"
-    res = {own_name(k):p for k,p in unwrap(model).named_parameters() if p.is_floating_point() or p.is_complex()}
-    lazy = [k for k,p in res.items() if nn.parameter.is_lazy(p)]
-    if lazy: raise ValueError(f'{lazy[0]} has no values yet (a lazy module): run one batch through the model before averaging it')
-    if not res: raise ValueError('the model has no floating point parameters: there is nothing to average')
-    return res
-
-# %% ../nbs/00_average.ipynb #104be09e
-def movers(model):
-    "Modules that may rearrange their weights in `eval()`, outer ones first"
-    return [m for m in model.modules() if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
-
-@contextmanager
-def as_trained(
-    model:nn.Module, # Any module
-    found:list=None, # What `movers` has found in it. None: looked for now
-):
-    """Inside the block the weights of `model` are arranged as in training, whatever `eval()` has made of them.
-
-    Afterwards all modules are in the modes that they were in. Gives whether any module had to be asked."""
-    away = [m for m in (movers(model) if found is None else found) if not m.training]
-    if not away:
-        yield False
-        return
-    modes = get_modes(model)
-    try:
-        for m in away:
-            if not m.training: m.train()
-        yield True
-    finally: set_modes(modes)
-
-# %% ../nbs/00_average.ipynb #177d316c
-class _Parts:
-    "Remember the modules and parameters of `model`, to see later whether any was replaced"
-    def __init__(self, model):
-        self.dicts = [d for m in model.modules() for d in (m._modules, m._parameters) if isinstance(d, dict)]   # TorchScript has none
-        self.sizes = list(map(len, self.dicts))
-        self.links = list(zip(*((d,k,v) for d in self.dicts for k,v in d.items()))) or [(),(),()]
-        self.movers = movers(model)
-        embs = [m for m in model.modules() if isinstance(m, (nn.Embedding,nn.EmbeddingBag))]
-        self.trimmed = {m.weight:m for m in embs if m.max_norm is not None}
-
-    def same(self):
-        ds,ks,vs = self.links
-        return list(map(len, self.dicts))==self.sizes and all(map(is_, map(dict.get, ds, ks), vs))
+from .params import Structure, as_real, as_trained, get_modes, named_params, own_name, set_modes, swap_params, unwrap, wide_dtype
+from .utils import is_int, plain_number, uninterrupted, warn_user
 
 # %% ../nbs/00_average.ipynb #36504089
 _TINY  = 4096    # elements: below this a tensor costs more to dispatch than to read
 _CHUNK = 2**18   # elements in a scratch buffer (1 MB of float32)
-
-def _is_dense(t): return t.numel()>0 and sum((n-1)*s for n,s in zip(t.shape, t.stride()))+1==t.numel()
-
-def _flat(t):
-    "The elements of a dense `t` in memory order, as a vector that shares its memory"
-    return t.detach().as_strided((t.numel(),), (1,))
 
 def _fill(params, idxs):
     "`idxs` cut into lists whose parameters together fill one scratch buffer"
@@ -109,10 +36,16 @@ def _sort(params):
     "Indices of `params` as (tiny: lists that share a buffer, plain: one list per type and device, narrow: below float32)"
     tiny,plain,narrow = defaultdict(list),defaultdict(list),[]
     for i,p in enumerate(params):
-        if p.dtype!=_wide(p.dtype): narrow.append(i)
+        if p.dtype!=wide_dtype(p.dtype): narrow.append(i)
         elif p.numel()<_TINY and _is_dense(p) and not p.is_complex(): tiny[p.dtype,p.device].append(i)
         else: plain[p.dtype,p.device].append(i)
     return [o for idxs in tiny.values() for o in _fill(params, idxs)],list(plain.values()),narrow
+
+def _is_dense(t): return t.numel()>0 and sum((n-1)*s for n,s in zip(t.shape, t.stride()))+1==t.numel()
+
+def _flat(t):
+    "The elements of a dense `t` in memory order, as a vector that shares its memory"
+    return t.detach().as_strided((t.numel(),), (1,))
 
 # %% ../nbs/00_average.ipynb #f18f461e
 def _zeros_like(params):
@@ -123,16 +56,14 @@ def _zeros_like(params):
         ps = [params[i] for i in idxs]
         buf,at = ps[0].new_zeros(sum(p.numel() for p in ps)),0
         for i,p in zip(idxs,ps): res[i],at = buf.as_strided(p.shape, p.stride(), at),at+p.numel()
-    for i in [*sum(plain,[]), *narrow]: res[i] = torch.zeros_like(params[i], dtype=_wide(params[i].dtype), requires_grad=False)
+    for i in [*sum(plain,[]), *narrow]: res[i] = torch.zeros_like(params[i], dtype=wide_dtype(params[i].dtype), requires_grad=False)
     return [o.detach() for o in res]
 
 # %% ../nbs/00_average.ipynb #a6d72b21
-def _real(t): return torch.view_as_real(t) if t.is_complex() else t
-
 def _joined(tensors):
     "Fewer tensors with the same values: tiny ones of a kind are copied side by side, as many as fill a buffer"
     res,filling = [],{}
-    for t in map(_real, tensors):
+    for t in map(as_real, tensors):
         n,kind = t.numel(),(t.dtype,t.device)
         if n>=_TINY: res.append([t])
         elif n:
@@ -155,8 +86,8 @@ def all_finite(
 )->bool: # False if any value is infinite or not a number
     "Whether every value is a number, found without a temporary of the tensors' size"
     ts = _joined(tensors)
-    narrow = [t for t in ts if t.dtype!=_wide(t.dtype)]             # their sum would need a copy
-    if _are_finite([t.sum() for t in ts if t.dtype==_wide(t.dtype)]): ts = narrow
+    narrow = [t for t in ts if t.dtype!=wide_dtype(t.dtype)]             # their sum would need a copy
+    if _are_finite([t.sum() for t in ts if t.dtype==wide_dtype(t.dtype)]): ts = narrow
     return _are_finite([o for t in ts for o in t.aminmax()])        # slower, but large numbers don't add up to infinity
 
 # %% ../nbs/00_average.ipynb #ec92b82d
@@ -180,7 +111,7 @@ def _plan(avgs, params):
     "Functions of the step size `t` that together move `avgs` towards `params`; whatever they need is allocated here"
     tiny,plain,narrow = _sort(params)
     res,pick = [],lambda ts,idxs: [ts[i] for i in idxs]
-    for idxs in plain: res.append(partial(_take_plain, *([_real(o.detach()) for o in pick(ts,idxs)] for ts in (avgs,params))))
+    for idxs in plain: res.append(partial(_take_plain, *([as_real(o.detach()) for o in pick(ts,idxs)] for ts in (avgs,params))))
     for idxs in tiny:
         ws = [o if o.dim()==1 and o.is_contiguous() else _flat(o) for o in pick(params,idxs)]   # a vector needs no view, and no view can go stale
         buf = avgs[idxs[0]].as_strided((sum(o.numel() for o in ws),), (1,))
@@ -212,7 +143,7 @@ def _fingerprints(
     for t in ts:
         own = dtype is None or t.is_complex()
         types.append(t.dtype if own else dtype)
-        sums.append(_byte_sum(_real(t), _real(t).dtype if own else dtype))
+        sums.append(_byte_sum(as_real(t), as_real(t).dtype if own else dtype))
     return list(zip(types, torch.stack([o.to(sums[0].device) for o in sums]).tolist()))     # one wait for all
 
 def _trim(w, emb):
@@ -240,10 +171,10 @@ class WeightAverage:
     def __init__(self,
         model:nn.Module, # The model whose weights will be averaged; nothing is taken in yet
     ):
-        self._model,named = unwrap(model),_averaged(model)
+        self._model,named = unwrap(model),named_params(model)
         self.n,self.inside = 0,False # snapshots in the mean; whether the mean is in the model now
         self.names,self._params = list(named),list(named.values())
-        self._parts = _Parts(self._model)
+        self._parts = Structure(self._model)
         self._others = _zeros_like(self._params)  # the mean or, while the mean is in the model, the weights it replaced
         self._layout,self._ptrs,self._watched = self._get_layout(),None,[]
 
@@ -262,9 +193,9 @@ class WeightAverage:
         "Whether `model` is the one this average was made for; an error if it was, and changed"
         if unwrap(model) is not self._model: return False
         if not self._parts.same():
-            named = _averaged(self._model)
+            named = named_params(self._model)
             if list(named)==self.names and all(map(is_, named.values(), self._params)):
-                self._parts = _Parts(self._model)        # other modules around the same parameters, such as SyncBatchNorm for BatchNorm
+                self._parts = Structure(self._model)        # other modules around the same parameters, such as SyncBatchNorm for BatchNorm
                 return True
             raise ValueError('parameters or layers of the model were replaced since the average was made (a new head? a conversion?): '
                              'the old and the new do not have a mean. Make a new WeightAverage(model), or begin a new fit, after changing the model.')
@@ -272,7 +203,7 @@ class WeightAverage:
 
     def _match(self, model):
         "The parameters of another model, in the order of `names`"
-        named = _averaged(model)
+        named = named_params(model)
         self._same_names(named, 'not the same architecture')
         return [named[k] for k in self.names]
 
@@ -321,36 +252,8 @@ def average(self:WeightAverage):
     if not self.inside: return self._others
     self._still_inside()
     with uninterrupted(), self._as_trained() as rearranged:
-        res = [self._kept.get(i, p.detach().to(_wide(p.dtype))) for i,p in enumerate(self._params)]
+        res = [self._kept.get(i, p.detach().to(wide_dtype(p.dtype))) for i,p in enumerate(self._params)]
         return [o.clone() for o in res] if rearranged else res
-
-# %% ../nbs/00_average.ipynb #f866fee0
-@contextmanager
-def lend(
-    params, # Parameters
-    values, # As many tensors of their shapes, of any type, on any device
-    trained=nullcontext, # Context of each exchange: `partial(as_trained, model)` where modules may merge weights in `eval()`
-):
-    "Inside the block the parameters have these values, their own again after it: pointers are exchanged, and only what has another type or device is copied"
-    params,values,own = list(params),list(values),[]
-    def put():
-        with uninterrupted(), trained():
-            own.extend(p.data for p in params)
-            for p,v in zip(params,values):
-                p.data = v.detach() if (v.dtype,v.device)==(p.dtype,p.device) else v.to(p.device, p.dtype)
-            torch.clear_autocast_cache()      # an autocast keeps its own copies of the weights as long as it lasts
-    def take_back():
-        if not own: return
-        with uninterrupted(), trained():
-            for p,o in zip(params,own): p.data = o
-            own.clear()
-            torch.clear_autocast_cache()
-    try:
-        try:
-            put()
-            yield
-        finally: take_back()
-    finally: take_back()                      # for a Ctrl-C on the way to the first
 
 # %% ../nbs/00_average.ipynb #64509fde
 @patch
@@ -371,7 +274,7 @@ def swapped(self:WeightAverage,
         return
     values,trimmed = self._others,self._parts.trimmed
     if trimmed: values = [a.clone() if p in trimmed else a for p,a in zip(self._params,values)]
-    with lend(self._params, values, self._as_trained): yield model
+    with swap_params(self._params, values, self._as_trained): yield model
 
 # %% ../nbs/00_average.ipynb #854ecaae
 @patch

@@ -6,32 +6,25 @@
 __all__ = ['update_bn']
 
 # %% ../nbs/20_batchnorm.ipynb #5bbdd8c3
-import inspect, random, sys, time
+import inspect
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 
 import numpy as np
 import torch
 from torch import distributed as dist, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
-from torch.nn.parallel import DistributedDataParallel
-from fastcore.basics import noop, patch
-from fastcore.foundation import L
-from fastcore.xtras import ReindexCollection
-from fastprogress.fastprogress import progress_bar
-from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException, GatherPredsCallback
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.mixup import MixHandler
-from fastai.callback.rnn import ModelResetter
-from fastai.callback.training import set_bn_eval, BnFreeze
+from fastcore.basics import patch
+from fastai.callback.core import CancelBatchException
 from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader as FastaiDataLoader
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 
-from .utils import get_modes, is_int, plain_number, set_modes, uninterrupted, warn_user
+from .loader import dl_len, drop_padding, is_sharded, preserve_rng
+from .params import get_modes, is_ddp, preserve_buffers, set_modes, unwrap
+from .processes import by_all, world_size
+from .utils import LateBar, check_count, uninterrupted, warn_user
 
 # %% ../nbs/20_batchnorm.ipynb #e845f68e
 def merge_moments(
@@ -56,33 +49,20 @@ def bn_layers(
     layers = [m for m in model.modules() if _has_stats(m)]
     return [m for m in layers if m.training] or ([] if model.training else layers)
 
-def wrappers(
-    model:nn.Module, # A module, perhaps wrapped by `torch.compile`, `DataParallel` or `DistributedDataParallel`
-): # Generator of modules: `model` and each one within
-    "From the outermost wrapper to the user's own module"
-    while True:
-        yield model
-        if hasattr(model, '_orig_mod'): model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, DistributedDataParallel)): model = model.module
-        else: return
-
-def innermost(model): return [*wrappers(model)][-1]
-def is_ddp(model): return any(isinstance(o, DistributedDataParallel) for o in wrappers(model))
-
 def layer_names(model, layers):
     "Where `layers` are in `model`, or those that took over their statistics, as `SyncBatchNorm` does"
-    names = {id(m.running_mean):k for k,m in innermost(model).named_modules() if _has_stats(m)}
+    names = {id(m.running_mean):k for k,m in unwrap(model).named_modules() if _has_stats(m)}
     return [names[id(m.running_mean)] for m in layers]
 
-def _check_scripted(model):
+def check_scripted(model):
     hidden = [m.original_name for m in model.modules() if isinstance(m, torch.jit.ScriptModule) and 'BatchNorm' in m.original_name]
     if hidden: warn_user(f'{len(hidden)} BatchNorm layers are inside a TorchScript module, where no refresh can '
                          'reach them: their statistics stay those of the last weights. Average before scripting.')
 
-def _check_lazy(model, layers):
+def check_lazy(model, layers):
     lazy = [m for m in layers if is_lazy(m.running_mean)]
     if not lazy: return
-    name = next((k for k,m in innermost(model).named_modules() if m is lazy[0]), '?')
+    name = next((k for k,m in unwrap(model).named_modules() if m is lazy[0]), '?')
     raise ValueError(f'{name}.running_mean'.lstrip('.')+' has no values yet (a lazy module): '
                      'run one batch through the model before its statistics are measured')
 
@@ -111,7 +91,7 @@ class BNStats:
                 m.running_var.copy_(var)
 
     @contextmanager
-    def lent(self):
+    def swapped(self):
         "The layers have these statistics inside a `with` block, and their own after it"
         with uninterrupted(patience=1):
             own = BNStats(self.layers)
@@ -125,8 +105,8 @@ _no_batch = 'the DataLoader gave no batch (fewer items than a batch, and drop_la
 
 class _LastLayerSeen(CancelBatchException): "The rest of this forward pass is of no use"
 
-class _Measure:
-    "Collects the population statistics of the inputs of `layers` over forward passes within `listening`"
+class BNMeter:
+    "Collects the population statistics of the inputs of `layers` over forward passes within `attached`"
     def __init__(self, layers):
         # not num_features, which is 0 in a lazy layer whose statistics were loaded
         self.layers,self.sizes = layers,[m.running_mean.numel() for m in layers]
@@ -138,7 +118,7 @@ class _Measure:
         self.now = {}                                                        # the same for the batch at hand
         self.reused,self.batches,self.may_stop = False,0,True
         self.cut = ''                                                        # what ended the pass before its time
-        self.synced = {k:m.process_group for k,m in enumerate(layers) if isinstance(m, nn.SyncBatchNorm)} if n_processes()>1 else {}
+        self.synced = {k:m.process_group for k,m in enumerate(layers) if isinstance(m, nn.SyncBatchNorm)} if world_size()>1 else {}
 
     def _add(self, ks):
         "Merge the batch statistics that layers `ks` hold now"
@@ -200,9 +180,9 @@ class _Measure:
         self.batches += 1
 
     @contextmanager
-    def listening(self, model):
+    def attached(self, model):
         "Layers measure and all other modules of `model` are in evaluation mode inside; everything as before afterwards"
-        with uninterrupted(patience=1), buffers_kept(model):
+        with uninterrupted(patience=1), preserve_buffers(model):
             self.start,self.odd,self.all_used = BNStats(self.layers),set(),False
             modes,momenta = get_modes(model),[m.momentum for m in self.layers]
             try:
@@ -223,7 +203,7 @@ class _Measure:
 
     def result(self, model)->BNStats:
         "What was measured; layers that saw no data or gave no finite numbers keep what they had, and a warning says so"
-        names = {m:k for k,m in innermost(model).named_modules()}
+        names = {m:k for k,m in unwrap(model).named_modules()}
         # fastai's TabularModel has a layer for no columns
         unseen = [names.get(m,'?') for k,m in enumerate(self.layers) if self.n[k]==0 and self.sizes[k]]
         means,vars,bad = [],[],[]
@@ -241,112 +221,14 @@ class _Measure:
                           f'they had: {", ".join(bad[:3])}')
         return BNStats(self.layers, means, vars)
 
-# %% ../nbs/20_batchnorm.ipynb #b7ef7556
-def _stateful(dl):
-    "Loaders and samplers in `dl` that keep a state of their own"
-    while dl is not None:
-        if isinstance(dl, FastaiDataLoader): yield dl
-        elif isinstance(dl, torch.utils.data.DataLoader): yield from (dl, dl.sampler, dl.batch_sampler, getattr(dl.batch_sampler,'sampler',None))
-        dl = vars(dl).get('dl') if hasattr(dl,'__dict__') else None    # a distributed loader wraps another
-
-_made_of = ['dataset', 'datasets', 'tls', 'tfms', 'fs', 'transform', 'transforms', 'target_transform',
-            'after_item', 'before_batch', 'after_batch']
-
-def _is_list(o): return type(o) in (list,tuple,L)      # what is derived from these may read its items from a disk
-
-def _parts(o, seen):
-    "`o` and all that it is made of and that may keep a random stream: data sets in data sets, transforms in pipelines"
-    if _is_list(o):
-        for x in o: yield from _parts(x, seen)
-    elif hasattr(o,'__dict__') and id(o) not in seen:
-        seen.add(id(o))
-        yield o
-        for k in _made_of:
-            v = vars(o).get(k)
-            if not (k=='dataset' and _is_list(v)): yield from _parts(v, seen)      # such a list holds items
-
-_streams = {random.Random: ('getstate','setstate'), torch.Generator: ('get_state','set_state'), np.random.RandomState: ('get_state','set_state')}
-
-def _undo(v):
-    "Function and argument that put `v` back to what it is now; None for what is no random stream"
-    if isinstance(v, random.SystemRandom): return None                     # has no state
-    if isinstance(v, np.random.Generator): return partial(setattr, v.bit_generator, 'state'),v.bit_generator.state
-    # shuffled in place by a language model's loader
-    if isinstance(v, ReindexCollection): return partial(_put_back, v.idxs),list(v.idxs)
-    return next(((getattr(v,put),getattr(v,get)()) for cls,(get,put) in _streams.items() if isinstance(v, cls)), None)
-
-def _put_back(xs, old):
-    for i,x in enumerate(old): xs[i] = x
-
-def _set_attrs(o, attrs):
-    vars(o).clear()
-    vars(o).update(attrs)
-
-@contextmanager
-def rng_kept(
-    *dls, # DataLoaders (fastai's or torch's) whose own random state is to be kept too
-    busy:bool=False, # Whether they may be in the middle of an iteration
-    others=(), # More objects whose attributes may be random streams
-):
-    """Python's, numpy's and torch's random streams, and those that loaders, data sets and transforms keep as
-    attributes, are after the block what they were before it
-
-    What cannot be kept: state within persistent workers, in files and in C libraries, what a data set counts or
-    caches, the place of an iterable data set."""
-    with uninterrupted(patience=1):
-        py,npy = random.getstate(),np.random.get_state()
-        own,seen = {id(o):o for dl in dls for o in _stateful(dl) if hasattr(o,'__dict__')}.values(),set()
-        attrs = [(o,dict(vars(o))) for o in own]
-        parts = [part for o in (*own, *others) for part in _parts(o, seen)]
-        undo = [u for part in parts for u in map(_undo, vars(part).values()) if u is not None]
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-        try:
-            if busy:
-                for o in own:       # persistent workers serve one iteration: another one would end it
-                    if getattr(o,'_iterator',None) is not None: o._iterator = None
-            with torch.random.fork_rng(devices): yield
-        finally:
-            random.setstate(py)
-            np.random.set_state(npy)
-            for o,was in attrs: _set_attrs(o, was)
-            for f,was in undo: f(was)
-
-# %% ../nbs/20_batchnorm.ipynb #f01fe143
-def _shares(b):
-    "Whether elements of `b` share their memory: nobody can write into such a tensor"
-    return b.layout is torch.strided and any(st==0 and n>1 for st,n in zip(b.stride(), b.shape))
-
-@contextmanager
-def buffers_kept(
-    model:nn.Module, # Any model
-):
-    "The buffers of `model` are after the block what they were before it, their values and which tensors they are"
-    own = [(m._buffers,dict(m._buffers)) for m in model.modules() if m._buffers]
-    bufs = {id(b):b for _,bs in own for b in bs.values() if b is not None}.values()
-    kept = [(b,b.detach().clone()) for b in bufs if not is_lazy(b) and not _shares(b)]
-    try: yield
-    finally:
-        with torch.no_grad():
-            for b,was in kept:
-                if b.shape==was.shape: b.copy_(was)
-                else: b.data = was                              # an observer of histograms grows
-            for now,was in own:
-                if isinstance(now, dict):                       # not in TorchScript, where tensors stay the same
-                    now.clear()
-                    now.update(was)
-
 # %% ../nbs/20_batchnorm.ipynb #7c6fe7e3
-def n_processes()->int:
-    "How many processes train together"
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
 @patch
-def part(self:_Measure):
-    "What this process has measured, as `put_together` takes it"
+def part(self:BNMeter):
+    "What this process has measured, as `merge_state` takes it"
     return self.batches,self.n,self.mean.cpu(),self.m2.cpu()
 
 @patch
-def put_together(self:_Measure, parts):
+def merge_state(self:BNMeter, parts):
     "Take over what was measured in several places, the `part` of each"
     batches,n,mean,m2 = zip(*parts)
     n,mean,m2 = (torch.stack(o).to(self.dev) for o in (n,mean,m2))
@@ -355,81 +237,11 @@ def put_together(self:_Measure, parts):
     self.m2   = (m2+wide*(mean-self.mean)**2).sum(0)
     self.batches,self.n = sum(batches),n.sum(0).cpu()
 
-# %% ../nbs/20_batchnorm.ipynb #d1aed7dc
-_sharders = {'DistributedDL','DistributedSampler','BatchSamplerShard','DataLoaderDispatcher','IterableDatasetShard'}   # fastai's, torch's, accelerate's
-
-def is_a(o, *names): return any(c.__name__ in names for c in type(o).__mro__)       # by name: the module it is from may not be installed
-
-def gives_parts(dl)->bool:
-    "Whether each process gets another part of the data from `dl`"
-    return any(is_a(o, *_sharders) for o in (*_stateful(dl), getattr(dl,'dataset',None)))
-
-def _leave_out_repeats(dl):
-    "fastai's loader repeats some items so that each process has as many: in the next iteration of `dl` they are left out. One that drops its last batch drops items anyway"
-    if not is_a(dl, 'DistributedDL') or dl.drop_last: return
-    def get_idxs():
-        del dl.get_idxs                                         # for one iteration, and never sent to a worker
-        idxs = dl.get_idxs()
-        return idxs[:max(dl.n-dl.rank*dl.n_padded//dl.world_size, 0)]
-    dl.get_idxs = get_idxs
-
-# %% ../nbs/20_batchnorm.ipynb #0b4a4cc9
-class FailedElsewhere(RuntimeError): "Another process has failed, and this one had to stop too"
-
-def meet(
-    mine=None, # What this process brings, anything that can be pickled
-    error=None, # The exception that it failed with
-    dev=None, # A device of this process
-)->list: # What each process has brought
-    "All processes exchange something. Raises FailedElsewhere if another one brings an error"
-    parts = [None]*n_processes()
-    with torch.cuda.device(dev) if dev is not None and dev.type=='cuda' else nullcontext():      # NCCL exchanges by way of the current device
-        dist.all_gather_object(parts, (None if error is None else f'{type(error).__name__}: {error}', mine))
-    failed = next(((i,o[0]) for i,o in enumerate(parts) if o[0]), None)
-    if failed and error is None: raise FailedElsewhere(f'process {failed[0]} failed with {failed[1]}, so this one had to stop: nothing has been changed')
-    return [o[1] for o in parts]
-
-def by_all(
-    run, # Function of one argument, another function, which it may call for a meeting on the way
-    shared:bool, # Whether the other processes do the same now
-    bring=noop, # Function of what `run` returns: what to bring to the last meeting, when it is over
-    dev=None, # A device of this process
-)->tuple: # What `run` returns; what each process has brought, None if nothing is shared
-    "`run` in this process, where an error in one of those that share it is an error in all"
-    if not shared: return run(noop),None
-    try: res = run(partial(meet, dev=dev))
-    except FailedElsewhere: raise
-    except Exception as e:
-        print(f'process {dist.get_rank()} of {n_processes()} failed with {type(e).__name__}: {e}', file=sys.stderr, flush=True)      # now, should the meeting fail as well
-        meet(error=e, dev=dev)
-        raise
-    return res,meet(bring(res), dev=dev)
-
 def measured_by_all(run, shared, dev):
-    "The `_Measure` that `run` returns, of what all processes have seen"
-    res,parts = by_all(run, shared, _Measure.part, dev)
-    if shared: res.put_together(parts)
+    "The `BNMeter` that `run` returns, of what all processes have seen"
+    res,parts = by_all(run, shared, BNMeter.part, dev)
+    if shared: res.merge_state(parts)
     return res
-
-# %% ../nbs/20_batchnorm.ipynb #2eba0fdd
-class _Bar:
-    "A progress bar that appears once the work proves to take more than a few seconds"
-    def __init__(self, total, show=True, parent=None, comment='BatchNorm statistics'):
-        self.total,self.show,self.parent,self.comment,self.bar,self.t0 = total,show,parent,comment,None,time.time()
-    def update(self, i):
-        spent = time.time()-self.t0
-        if self.show and self.bar is None and spent>1 and spent/i*self.total>4:
-            self.before = getattr(self.parent, 'child', None)
-            self.bar = progress_bar(range(self.total), parent=self.parent, leave=False)
-            self.bar.comment = self.comment
-            self.bar.update(0)
-            self.bar.start_t = self.t0
-        if self.bar is not None: self.bar.update(i)
-    def close(self):
-        if self.bar is None: return
-        self.bar.on_iter_end()
-        if self.before is not None: self.parent.add_child(self.before)
-        self.bar = None
 
 # %% ../nbs/20_batchnorm.ipynb #aeaea751
 def _call(model, b):
@@ -442,24 +254,12 @@ def _call(model, b):
     if isinstance(b, (tuple,list)): return model(*b[:max(len(b)-1, 1)])
     return model(b)
 
-def _force_eager(model):
+def force_eager(model):
     "Changing modes and momentum would make a compiled model compile again, twice"
     compiled = any(hasattr(m,'_orig_mod') or getattr(m,'_compiled_call_impl',None) is not None for m in model.modules())
     return torch.compiler.set_stance('force_eager') if compiled and hasattr(torch.compiler,'set_stance') else nullcontext()
 
-def _length(dl):
-    "Batches in `dl`, None if it does not know"
-    try: return len(dl)
-    except TypeError: return None
-
-def _n_batches(n, name='n_batches', what='batches', none=True):
-    "`n` as Python's own number. Raises TypeError or ValueError for what is no number of batches"
-    if not (n is None and none) and not (is_int(n) and n>0):
-        hint = ', or None for all of them' if none else ''
-        raise (ValueError if is_int(n) else TypeError)(f'{name}={n!r}: give a positive number of {what}{hint}')
-    return plain_number(n)
-
-def _check_dl(dl, call):
+def check_dl(dl, call):
     "TypeError for what is no loader; `call` is what was typed, with {} in the place of the loader"
     if isinstance(dl, DataLoaders):
         raise TypeError(f'{call.format("dls")}: DataLoaders hold several, type {call.format("dls.train")}')
@@ -472,7 +272,7 @@ def _check_update_bn(model, dl):
         raise TypeError(f'update_bn(model, dl) is for torch models, this is a Learner: type learn.update_bn({args})')
     if not isinstance(model, nn.Module):
         raise TypeError(f'update_bn(model, dl) needs a torch model first, not {type(model).__name__}')
-    _check_dl(dl, 'update_bn(model, {})')
+    check_dl(dl, 'update_bn(model, {})')
 
 # %% ../nbs/20_batchnorm.ipynb #ef66efcf
 def update_bn(
@@ -487,7 +287,7 @@ def update_bn(
 
     The first layer's are those of the population exactly, whatever the batches; deeper layers see activations
     normalised by batch statistics and depend on the batch size a little. Dropout is off. Modes, momentum, other
-    buffers and random streams (see `rng_kept`) are left as found, also when an error or Ctrl-C ends the pass: then
+    buffers and random streams (see `preserve_rng`) are left as found, also when an error or Ctrl-C ends the pass: then
     the statistics are the old ones too. Ctrl-C waits for the end of the batch at hand. A model without BatchNorm
     costs nothing.
     With `sync` each of several processes measures its part of the data, `n_batches` of it, and all end with the
@@ -498,22 +298,22 @@ def update_bn(
     TorchScript modules, and of a distributed model that is measured by this process alone.
     Source: Izmailov et al. 2018, section 3.2."""
     _check_update_bn(model, dl)
-    n_batches = _n_batches(n_batches)
-    _check_scripted(model)
+    n_batches = check_count(n_batches)
+    check_scripted(model)
     layers = bn_layers(model)
     if not layers: return model
-    _check_lazy(model, layers)
-    inner,dev = innermost(model),layers[0].running_mean.device
-    total = min(o for o in (_length(dl), n_batches, 2**62) if o is not None)
-    shared = n_processes()>1 and (gives_parts(dl) if sync is None else sync)
+    check_lazy(model, layers)
+    inner,dev = unwrap(model),layers[0].running_mean.device
+    total = min(o for o in (dl_len(dl), n_batches, 2**62) if o is not None)
+    shared = world_size()>1 and (is_sharded(dl) if sync is None else sync)
     if is_ddp(model) and not shared and sync is None:
         warn_user('the model is distributed, and as far as can be seen this loader gives every process the same data: '
                   'the statistics will be those of this process. If each has its part of the data, call '
                   'update_bn(..., sync=True) in all of them; sync=False does without this warning')
     def run(meet):
-        measure,bar = _Measure(layers),_Bar(total, pbar and total<2**62 and not (shared and dist.get_rank()))     # no bar for a loader that has no end in sight
-        with uninterrupted(patience=1) as check, rng_kept(dl), measure.listening(inner), _force_eager(model):
-            if shared and not measure.synced: _leave_out_repeats(dl)
+        measure,bar = BNMeter(layers),LateBar(total, pbar and total<2**62 and not (shared and dist.get_rank()))     # no bar for a loader that has no end in sight
+        with uninterrupted(patience=1) as check, preserve_rng(dl), measure.attached(inner), force_eager(model):
+            if shared and not measure.synced: drop_padding(dl)
             meet()
             try:
                 for i,b in enumerate(dl):
@@ -527,268 +327,3 @@ def update_bn(
         return measure
     measured_by_all(run, shared, dev).result(model).install()
     return model
-
-# %% ../nbs/20_batchnorm.ipynb #cfd789e1
-def _is_distributed(cb): return is_a(cb, 'DistributedTrainer')
-
-def forward_cbs(
-    cbs, # Callbacks of a learner
-)->list: # Those without which the model would compute something else
-    "The callbacks that shape the forward pass"
-    def has(cb, *evs): return any(getattr(type(cb), e, None) or e in vars(cb) for e in evs)
-    def keep(cb):
-        if isinstance(cb, ModelResetter) or _is_distributed(cb): return True
-        if isinstance(cb, (MixHandler, GatherPredsCallback)) or getattr(type(cb),'remove_on_fetch',False): return False
-        if is_a(cb, 'TensorBoardBaseCallback'): return False                                       # looks at predictions, to log them
-        return cb.run_valid and has(cb, 'before_batch', 'after_pred', 'after_loss')
-    return [cb for cb in cbs if keep(cb)]
-
-# %% ../nbs/20_batchnorm.ipynb #3a0dd4e4
-_cancels = CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException
-
-def _going_on(learn):
-    "Whether a fit or a validation of `learn` is going on. Its `dl` does not tell: `validate` leaves it behind"
-    f = sys._getframe()
-    while f is not None and not (f.f_code is Learner._with_events.__code__ and f.f_locals.get('self') is learn): f = f.f_back
-    return f is not None
-
-class _BatchEnd(Callback):
-    "Moves the bar, and is where Ctrl-C is obeyed"
-    order = 1000
-    def __init__(self, bar, check): self.bar,self.check,self.i = bar,check,0
-    def after_batch(self):
-        self.i += 1
-        if self.bar is not None: self.bar.update(self.i)
-        self.check()
-
-class _LeaveAutocast(Callback):
-    "An autocast that `MixedPrecision` has entered is left also where an error or a cancel ends the batch"
-    order = MixedPrecision.order+.5
-    def __init__(self, cbs): self.inside,self.mixed = False,[cb for cb in cbs if isinstance(cb, MixedPrecision)]
-    def before_batch(self): self.inside = True
-    def after_loss(self): self.inside = False
-    def after_cancel_batch(self): self.leave()
-    def leave(self):
-        if not self.inside: return
-        self.inside = False
-        for cb in self.mixed: cb.after_loss()
-
-def _tell(learn, event):
-    "All callbacks hear of `event`: one that cancels means no side pass, and those after it have things to prepare"
-    for cb in learn.cbs.sorted('order'):
-        try: cb(event)
-        except _cancels: pass
-
-# %% ../nbs/20_batchnorm.ipynb #658e6150
-@contextmanager
-def side_pass(
-    learn:Learner, # The learner, perhaps in the middle of a fit
-    dl, # The DataLoader that will be used
-    cbs=(), # Callbacks to run beside those that shape the forward pass
-    bar=None, # Progress bar (`side_bar`) that goes on with each batch and is closed in the end; None: no bar
-):
-    """Run batches through the machinery of `learn` inside the block (see `run_pass`), and find the learner, its
-    model's modes and buffers and all random streams (see `rng_kept`) unchanged after it. Ctrl-C waits for the end of
-    a batch, or of the block; a second one doesn't."""
-    with uninterrupted(patience=1) as check:
-        kept = forward_cbs(learn.cbs)
-        autocast = _LeaveAutocast(kept)
-        cbs = [*cbs, autocast, _BatchEnd(bar, check)]
-        saved,modes,runs = dict(vars(learn)),get_modes(learn.model),[(cb,cb.run) for cb in kept]
-        # if no fit, validation or other side pass is going on, callbacks are not set up
-        outside = not ('_aside' in vars(learn) or _going_on(learn))
-        streams = rng_kept(dl, *learn.dls.loaders, busy=learn.training, others=kept)
-        try:
-            with streams, buffers_kept(learn.model), _force_eager(learn.model):
-                learn.cbs = L(*kept, *cbs)
-                for cb in cbs: cb.learn = learn
-                learn.training,learn.dl,learn._aside = False,dl,True
-                if outside:
-                    learn.epoch,learn.n_epoch = 0,1
-                    _tell(learn, 'before_fit')
-                try: yield learn
-                finally:
-                    autocast.leave()
-                    if outside: _tell(learn, 'after_fit')
-        finally:
-            for cb in cbs: cb.learn = None
-            for cb,run in runs: cb.run = run                              # after_fit has switched all of them on
-            _set_attrs(learn, saved)
-            set_modes(modes)
-            if bar is not None: bar.close()
-
-# %% ../nbs/20_batchnorm.ipynb #bf7de1ac
-@torch.no_grad()
-def run_pass(
-    learn:Learner, # A learner within `side_pass`
-): # The exception with which a callback ended the pass before its last batch; None if none did
-    """The events of a validation, with the batches of `learn.dl`.
-
-    A callback that cancels in `before_validate` does not mean this pass: it goes on, and all others hear of that
-    event and of `after_validate`. One that cancels more than a batch while the batches run ends the pass, as it would
-    end a validation."""
-    cut = None
-    _tell(learn, 'before_validate')
-    try: learn.all_batches()
-    except _cancels as e: cut = e
-    if isinstance(cut, CancelValidException): _tell(learn, 'after_cancel_validate')
-    _tell(learn, 'after_validate')
-    return cut
-
-def side_bar(
-    learn:Learner, # The learner, perhaps in the middle of a fit
-    total:int, # Batches to come
-    comment='BatchNorm statistics', # What takes so long
-)->_Bar: # The bar for a side pass
-    "A bar that appears once the work proves to be long, beneath that of the epochs; none where `learn` shows none"
-    progress = getattr(learn, 'progress', None) if learn.create_mbar else None
-    return _Bar(total, progress is not None, getattr(progress, 'mbar', None), comment)
-
-# %% ../nbs/20_batchnorm.ipynb #2f3a5533
-class _Pump(Callback):
-    "Drives a `_Measure` with the batches of a side pass"
-    order = 100
-    def __init__(self, n_batches, shared, meet): self.n_batches,self.shared,self.meet,self.i = n_batches,shared,meet,0
-    def before_validate(self):
-        self.learn.model = innermost(self.learn.model)          # no process waits for another, no replica measures what nobody will see
-        if self.shared and not self.measure.synced: _leave_out_repeats(self.learn.dl)
-        self.measure.arm(self.learn.model)
-        self.meet()
-    def after_batch(self):
-        self.measure.batch_done()
-        self.i += 1
-        if self.i==self.n_batches: raise CancelValidException()
-
-def _shared(learn, dl):
-    "Whether all processes measure together, each its part of the data"
-    return n_processes()>1 and (is_ddp(learn.model) or any(map(_is_distributed, learn.cbs)) or gives_parts(dl))
-
-def _of_fastai(cb): return type(cb).__module__.startswith('fastai.') and type(cb) is not Callback
-
-def _why_cut(cut, cbs):
-    "What to say of a pass that a callback has ended"
-    who = ' or '.join(type(cb).__name__ for cb in cbs if not _of_fastai(cb)) or 'a callback'
-    return '' if cut is None else f'{who} raised {type(cut).__name__} before the end of the first batch'
-
-def learner_stats(
-    learn:Learner, # The learner, perhaps in the middle of a fit
-    layers:list, # BatchNorm layers to measure
-    n_batches:int=None, # Batches to use, of the size that `dl` has; None: all
-    dl=None, # DataLoader; None: the training one
-    bs:int=None, # Take the same data in batches of so many items; None: as `dl` gives them
-)->BNStats: # Statistics of the weights the model has now; None if there is nothing to measure
-    """Population statistics over the training data as training sees it; nothing is changed, nothing installed.
-
-    Raises TypeError for a `bs` that `dl` cannot have, ValueError for a lazy layer that has seen no batch yet."""
-    _check_scripted(learn.model)
-    if not layers: return None
-    _check_lazy(learn.model, layers)
-    dl = learn.dls.train if dl is None else dl
-    total = min(len(dl), n_batches or len(dl))
-    if bs is not None:
-        total = -(-total*_batch_size(dl)//bs)
-        n_batches = None if n_batches is None else total
-    bar,kept,shared = side_bar(learn, total),forward_cbs(learn.cbs),_shared(learn, dl)
-    names = layer_names(learn.model, layers)
-    def run(meet):
-        pump = _Pump(n_batches, shared, meet)
-        with side_pass(learn, dl, [pump], bar):
-            if bs is not None: _rebatch(dl, bs)
-            wrapped,model = learn.model,innermost(learn.model)
-            # a distributed trainer may just have made SyncBatchNorm of the layers
-            pump.measure = measure = _Measure([model.get_submodule(k) for k in names])
-            measure.may_stop = all(map(_of_fastai, kept))      # others may count on after_loss
-            with measure.listening(model):
-                try: measure.cut = _why_cut(run_pass(learn), kept)
-                finally: learn.model = wrapped
-        return measure
-    return measured_by_all(run, shared, layers[0].running_mean.device).result(learn.model)
-
-# %% ../nbs/20_batchnorm.ipynb #a7ba7bf2
-_OutOfMemory = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)
-_no_memory = 'out of memory', "can't allocate memory", 'not enough memory', 'alloc_failed', 'outofmemoryerror'
-
-def is_out_of_memory(
-    e:BaseException, # Any exception
-)->bool:
-    "Whether `e` says that a device or the computer has no memory left, in this process or another (`FailedElsewhere`)"
-    said = isinstance(e, RuntimeError) and any(o in str(e).lower() for o in _no_memory)
-    return said or isinstance(e, (_OutOfMemory,MemoryError))
-
-def _batch_size(dl):
-    "Items in a batch of `dl`. Raises TypeError if they cannot be fewer"
-    if not isinstance(dl, FastaiDataLoader) or dl.bs is None or is_a(dl, 'LMDataLoader'):
-        raise TypeError(f'a {type(dl).__name__} gives batches of one size only: give dl= a loader with smaller batches')
-    return dl.bs
-
-def _rebatch(dl, bs):
-    "Batches of `bs` items from `dl`, until `rng_kept` puts its attributes back"
-    for o in _stateful(dl):
-        if isinstance(o, FastaiDataLoader): o.bs = bs
-
-def stats_that_fit(
-    learn:Learner, # The learner, perhaps in the middle of a fit
-    layers:list, # BatchNorm layers to measure
-    n_batches:int=None, # Batches to use, of the size that `dl` has; None: all
-    dl=None, # DataLoader; None: the training one
-    least:int=4, # Items in the smallest batch to try
-)->BNStats: # Statistics of the weights the model has now; None if there is nothing to measure
-    """`learner_stats`, with smaller batches if the memory does not suffice, and one warning then.
-
-    Raises torch.OutOfMemoryError if it does not suffice for the smallest either."""
-    dl,bs = learn.dls.train if dl is None else dl,None
-    shared = bool(layers) and _shared(learn, dl)
-    while True:
-        try:
-            res = learner_stats(learn, layers, n_batches, dl, bs)
-            break
-        except Exception as e:
-            again = is_out_of_memory(e)
-            # an error in one process is one in all of them, so that they can decide together
-            if shared: again = all(meet(again, dev=layers[0].running_mean.device))
-            if not again: raise
-            try: tried = bs or _batch_size(dl)
-            except TypeError as why: raise _OutOfMemory(f'{e}. BatchNorm statistics: {why}') from e
-            bs = tried//2
-            if bs<least:
-                raise _OutOfMemory(f'{e}. BatchNorm statistics could not be measured, not even with batches of {tried} '
-                                   'items: free some memory, and call learn.update_bn()') from e
-        # the exception is gone here, and with it the frames that held tensors
-        if torch.cuda.is_initialized(): torch.cuda.empty_cache()
-    if bs is not None:
-        warn_user(f'out of memory with batches of {dl.bs} items: BatchNorm statistics were measured with batches '
-                  f'of {bs}, those of the deeper layers may differ a little')
-    return res
-
-# %% ../nbs/20_batchnorm.ipynb #8bfd666a
-def trained_layers(
-    learn:Learner, # Not in the middle of an epoch
-)->list: # BatchNorm layers
-    "The layers that `learn` trains: all but those that `BnFreeze` keeps frozen"
-    model = innermost(learn.model)
-    with uninterrupted():
-        modes = get_modes(model)
-        try:
-            model.train()
-            if any(isinstance(cb, BnFreeze) for cb in learn.cbs): set_bn_eval(model)
-            return bn_layers(model)
-        finally: set_modes(modes)
-
-# %% ../nbs/20_batchnorm.ipynb #2f375921
-@patch
-def update_bn(self:Learner,
-    n_batches:int=None, # Training batches to use, 1 or more; None: all
-    dl=None, # DataLoader to use instead of the training one
-):
-    """Give the BatchNorm layers of the model the statistics of the training data, as training sees it, for the weights they have now.
-
-    Layers that `BnFreeze` keeps frozen stay as they are; MixUp and CutMix do not enter; if the memory does not
-    suffice, smaller batches are used and a warning says so; see `update_bn` for the rest. Raises TypeError or
-    ValueError for wrong arguments and for a lazy layer that has seen no batch yet, torch.OutOfMemoryError if the
-    memory suffices for no batch."""
-    if hasattr(n_batches, '__iter__') and hasattr(n_batches, 'dataset'):
-        raise TypeError('learn.update_bn(dl): the first argument is a number of batches, type learn.update_bn(dl=dl)')
-    n_batches = _n_batches(n_batches)
-    if dl is not None: _check_dl(dl, 'learn.update_bn(dl={})')
-    stats = stats_that_fit(self, trained_layers(self), n_batches, dl)
-    if stats is not None: stats.install()

@@ -9,7 +9,7 @@ __all__ = ['SWA']
 import inspect, io, math, os, sys, warnings
 from bisect import bisect_right
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import deepcopy
 
 import numpy as np
 import pandas as pd
@@ -17,18 +17,24 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.core import Callback
 from fastai.data.load import DataLoader as FastaiDataLoader
 from fastai.callback.schedule import LRFinder, ParamScheduler, SchedLin
 from fastai.callback.tracker import ReduceLROnPlateau, SaveModelCallback, TrackerCallback
-from fastai.learner import AvgLoss, Learner, SkipToEpoch, ValueMetric
-from fastai.torch_core import get_model, rank_distrib
+from fastai.learner import Learner, SkipToEpoch
+from fastai.torch_core import rank_distrib
 
-from .average import WeightAverage, all_finite, own_name, unwrap
-from .batchnorm import BNStats, _is_distributed, _length, _n_batches, bn_layers, gives_parts, is_out_of_memory, layer_names, learner_stats, n_processes
-from .batchnorm import rng_kept, run_pass, side_bar, side_pass, stats_that_fit, trained_layers
-from .schedule import Cycles, _check_cycles, _check_lr, cycle_lr, draw_sched, fit_positions, group_lrs, sched_authors, swa_cycles
-from .utils import check_writable, is_int, is_num, plain_number, read_file, uninterrupted, warn_user, with_parameters, write_file
+from .average import WeightAverage, all_finite
+from .batchnorm import BNStats, bn_layers, layer_names
+from .learner import is_distributed, is_out_of_memory, measure_bn, measure_bn_within_memory, model_metrics, score
+from .learner import trained_layers
+from .loader import batch_size, dl_len, is_sharded, preserve_rng
+from .params import own_name, unwrap
+from .processes import world_size
+from .schedule import Cycles, check_cycles, check_lr, cycle_lr, draw_sched, fit_positions, group_lrs
+from .schedule import sched_authors, swa_cycles
+from .utils import check_count, check_writable, is_int, is_num, plain_number, read_file, uninterrupted
+from .utils import warn_user, with_parameters, write_file
 
 # %% ../nbs/30_callback.ipynb #e02434dc
 def _times(cb, learn): return sum(o is cb for o in learn.cbs)
@@ -172,7 +178,7 @@ def _after_training(self:CycleCallback):
 
 def _epoch_length(dl):
     "Batches in an epoch; TypeError for a loader that does not know, with which fastai cannot train either"
-    n = _length(dl)
+    n = dl_len(dl)
     if n is None: raise TypeError('the training DataLoader has no length, so nobody knows where its epochs end: give its dataset a __len__, or a fastai DataLoader n=number of items')
     return n
 
@@ -301,39 +307,6 @@ class _SWAInstall(_Helper):
     def after_fit(self):
         if self.in_charge: self.cb_._install()
 
-class _Meter(Callback):
-    "Loss and metrics over a side pass, and the loss of each batch"
-    order = 50
-    def __init__(self, mets, n_batches=None):
-        self.mets,self.n_batches,self.losses,self.i = mets,n_batches,[],0
-        for m in mets: m.reset()                  # also where somebody's callback cancels the pass before it begins
-    def before_validate(self): get_model(self.learn.model).eval()
-    def after_batch(self):
-        if len(self.learn.yb):
-            for m in self.mets: m.accumulate(self.learn)
-            self.losses.append(float(self.learn.to_detach(self.learn.loss.mean())))
-        self.i += 1
-        if self.i==self.n_batches: raise CancelValidException()
-    def values(self):
-        vals = [m.value for m in self.mets]
-        return [math.nan if v is None else v.item() if hasattr(v, 'item') else v for v in vals]
-
-def _own_copy(metric):
-    "The Recorder has read the metric already, so one that cannot be copied may serve itself"
-    for f in (deepcopy, copy):
-        try: return f(metric)
-        except Exception: pass
-    return metric
-
-def _metrics(learn): return [m for m in learn.metrics if not isinstance(m, ValueMetric)]      # those do not depend on the model
-
-def _score(learn, metrics=(), n_batches=None, dl=None, comment='average'):
-    "A `_Meter` that has seen what the model of `learn` makes of validation batches; nothing is changed"
-    dl = learn.dls.valid if dl is None else dl
-    meter = _Meter([AvgLoss(), *map(_own_copy, metrics)], n_batches)
-    with side_pass(learn, dl, [meter], side_bar(learn, min(len(dl), n_batches or len(dl)), comment)): run_pass(learn)
-    return meter
-
 # %% ../nbs/30_callback.ipynb #6bb1a7f3
 def _check_sched(sched):
     try: ok = callable(sched) and np.isfinite(float(sched(1., .1)(.5)))
@@ -393,17 +366,17 @@ class SWA(CycleCallback):
     ):
         if other: raise TypeError(_unknown(other))
         start,cycle_len,swa_lr,swa_lr_max,eval_every = map(plain_number, (start, cycle_len, swa_lr, swa_lr_max, eval_every))
-        _check_cycles(start, cycle_len)
-        if swa_lr is not None and swa_lr is not False: _check_lr('swa_lr', swa_lr)
+        check_cycles(start, cycle_len)
+        if swa_lr is not None and swa_lr is not False: check_lr('swa_lr', swa_lr)
         if swa_lr_max is not None:
-            _check_lr('swa_lr_max', swa_lr_max)
+            check_lr('swa_lr_max', swa_lr_max)
             if swa_lr is False: raise ValueError("swa_lr_max has no use with swa_lr=False, which leaves the fit's own schedule alone: give swa_lr a learning rate")
             if is_num(swa_lr) and is_num(swa_lr_max) and swa_lr_max<swa_lr:
                 raise ValueError(f'swa_lr_max={swa_lr_max} is below swa_lr={swa_lr}: a cycle begins at swa_lr_max and falls to swa_lr, swap them')
         _check_sched(sched)
         if not is_int(eval_every): raise TypeError(f'eval_every={eval_every!r}: give a whole number of epochs, 0 for no evaluation')
         if eval_every<0: raise ValueError(f'eval_every={eval_every}: give a number of epochs, 0 for no evaluation')
-        bn_batches = _n_batches(bn_batches, 'bn_batches')
+        bn_batches = check_count(bn_batches, 'bn_batches')
         if save_to is not None and not isinstance(save_to, (str,os.PathLike)): raise TypeError(f'save_to={save_to!r}: give the path of a file, or None')
         self.start,self.swa_lr,self.cycle_len,self.swa_lr_max,self.sched = start,swa_lr,cycle_len,swa_lr_max,sched
         if not isinstance(check, bool): raise TypeError(f'check={check!r}: give True or False')
@@ -440,7 +413,7 @@ def _before_fit(self:SWA, first):
 def _add_columns(self:SWA, on):
     rec = getattr(self.learn, 'recorder', None)
     on = on and self.eval_every and rec is not None and rec.valid_metrics
-    self._names = ['swa_loss', *(f'swa_{m.name}' for m in _metrics(self.learn))] if on else []
+    self._names = ['swa_loss', *(f'swa_{m.name}' for m in model_metrics(self.learn))] if on else []
     if not on: return
     names = [o for o in rec.metric_names if o not in self._names]
     at = len(names)-1 if rec.add_time else len(names)
@@ -588,7 +561,7 @@ def _take(self:SWA, model):
 
 # %% ../nbs/30_callback.ipynb #fdd31e63
 @patch
-def _stats(self:SWA, learn, measure=learner_stats):
+def _stats(self:SWA, learn, measure=measure_bn):
     "BatchNorm statistics of the average, which the model of `learn` holds now"
     if self._bn is None:
         if self._layers is None: self._layers = trained_layers(learn)
@@ -599,7 +572,7 @@ def _stats(self:SWA, learn, measure=learner_stats):
 @contextmanager
 def _lent(self:SWA, learn):
     "Inside the block the model of `learn` is the averaged one; Ctrl-C waits until it is itself again, or for the end of a batch"
-    with uninterrupted(patience=1), self._avg.swapped(unwrap(learn.model)), self._stats(learn).lent(): yield
+    with uninterrupted(patience=1), self._avg.swapped(unwrap(learn.model)), self._stats(learn).swapped(): yield
 
 @patch
 def after_validate(self:SWA):
@@ -613,7 +586,7 @@ def after_validate(self:SWA):
 def _evaluate(self:SWA):
     "Values for our columns; nan where the memory does not suffice for them, as the training is worth more"
     try:
-        with self._lent(self.learn): return _score(self.learn, _metrics(self.learn)).values()
+        with self._lent(self.learn): return score(self.learn, model_metrics(self.learn)).values()
     except Exception as e:
         if not is_out_of_memory(e): raise
         self._once('memory', f'out of memory while the average was evaluated, its columns stay nan and the training goes on: try smaller batches, or bn_batches=. ({e})')
@@ -644,7 +617,7 @@ def _finish(self:SWA):
     if not self.n_averaged: return self._check_collected()
     try:
         with uninterrupted(patience=1):
-            with self._avg.swapped(unwrap(self.learn.model)): self._stats(self.learn, stats_that_fit)
+            with self._avg.swapped(unwrap(self.learn.model)): self._stats(self.learn, measure_bn_within_memory)
             if self.check and not self._saved: self._try_check()
     except Exception as e:
         if not is_out_of_memory(e): raise
@@ -668,25 +641,23 @@ def _install(self:SWA):
             self._bn,self.collected = BNStats(self._bn.layers),collected[:self._saved[cb]]
 
 # %% ../nbs/30_callback.ipynb #9a2e07d6
-def _batch_size(dl): return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 0
-
 def _worker_owner(dl): return getattr(dl, 'fake_l', dl)           # fastai's loaders leave their workers to one of torch's
 
 def _n_items(dl):
     "Items that this process reads in an epoch"
-    most = (_length(dl) or 0)*_batch_size(dl)
+    most = (dl_len(dl) or 0)*batch_size(dl)
     return min(getattr(dl, 'n', None) or most, most)
 
 def _part(dl, n, batches):
     "A loader of the data of `dl`, and how many of its batches have `n` items at most, `batches` at least; None if there is no such"
-    bs = _batch_size(dl)
-    if not bs or not _length(dl): return None
+    bs = batch_size(dl)
+    if not bs or not dl_len(dl): return None
     if bs*batches<=n: return dl,min(n//bs, len(dl))
-    if not isinstance(dl, FastaiDataLoader) or gives_parts(dl): return None
+    if not isinstance(dl, FastaiDataLoader) or is_sharded(dl): return None
     try:
-        with rng_kept(dl): small = dl.new(bs=n//batches)
+        with preserve_rng(dl): small = dl.new(bs=n//batches)
     except Exception: return None                                 # a loader of one's own need not be made that way
-    return (small,batches) if _length(small) else None
+    return (small,batches) if dl_len(small) else None
 
 @contextmanager
 def _in_process(*dls):
@@ -713,8 +684,8 @@ def _check_parts(self:SWA):
 @patch
 def _losses(self:SWA, train, valid, bn=None):
     "Loss of the weights that the model has now, in each of some validation batches, with statistics `bn` or those of some training batches"
-    if bn is None: bn = learner_stats(self.learn, self._layers, dl=train[0], n_batches=train[1]) or BNStats([])
-    with bn.lent(): return np.array(_score(self.learn, dl=valid[0], n_batches=valid[1], comment='check').losses)
+    if bn is None: bn = measure_bn(self.learn, self._layers, dl=train[0], n_batches=train[1]) or BNStats([])
+    with bn.swapped(): return np.array(score(self.learn, dl=valid[0], n_batches=valid[1], comment='check').losses)
 
 @patch
 def _check_helped(self:SWA):
@@ -731,7 +702,7 @@ def _check_helped(self:SWA):
     worse,err = (mean-last).mean(),(mean-last).std()/(len(last)-1)**.5
     if not worse>max(2*err, .01*abs(last.mean())) or rank_distrib(): return
     fair,then = (', with BatchNorm statistics measured for both',', then learn.update_bn(),') if self._layers else ('','')
-    self._once('worse', f'the average is worse than the last weights: loss {mean.mean():.4g} against {last.mean():.4g} on some {n_valid*_batch_size(valid)} validation items{fair}. '
+    self._once('worse', f'the average is worse than the last weights: loss {mean.mean():.4g} against {last.mean():.4g} on some {n_valid*batch_size(valid)} validation items{fair}. '
                         f'{self._why_worse()} swa.restore(learn){then} puts back what the average replaced; swa.compare(learn) shows all of it.')
 
 @patch
@@ -791,7 +762,7 @@ def apply(self:SWA,
     Raises TypeError without a learner, RuntimeError if nothing has been averaged or the average is gone."""
     model = self._known(learn, 'apply')
     if self._bn is None:
-        with uninterrupted(patience=1), self._avg.swapped(model): self._stats(learn, stats_that_fit)
+        with uninterrupted(patience=1), self._avg.swapped(model): self._stats(learn, measure_bn_within_memory)
     self._put(learn)
 
 @patch
@@ -822,9 +793,9 @@ def compare(self:SWA,
     self._known(learn, 'compare')
     if dl is None and len(learn.dls.loaders)<2: raise ValueError('swa.compare(learn): this learner has no validation data: give a DataLoader, swa.compare(learn, dl=...)')
     dl = learn.dls.valid if dl is None else dl
-    if _length(dl) is None: raise TypeError(f'swa.compare(learn, dl=...): give a DataLoader that knows its length, not {type(dl).__name__}')
-    metrics,inside = _metrics(learn),self._avg.inside
-    def score(): return _score(learn, metrics, dl=dl, comment='compare').values()
+    if dl_len(dl) is None: raise TypeError(f'swa.compare(learn, dl=...): give a DataLoader that knows its length, not {type(dl).__name__}')
+    metrics,inside = model_metrics(learn),self._avg.inside
+    def score(): return score(learn, metrics, dl=dl, comment='compare').values()
     with uninterrupted(patience=1):
         if inside:
             self._avg._still_inside()
@@ -832,7 +803,7 @@ def compare(self:SWA,
         try:
             rows = [score()]
             layers = trained_layers(learn) if self._layers is None else self._layers
-            with (learner_stats(learn, layers, self.bn_batches) or BNStats([])).lent(): rows.append(score())
+            with (measure_bn(learn, layers, self.bn_batches) or BNStats([])).swapped(): rows.append(score())
             with self._lent(learn): rows.append(score())
         finally:
             if inside: self._put(learn)
@@ -868,7 +839,7 @@ def swa_model(self:SWA)->nn.Module:
     self._warn_unmeasured()
     with uninterrupted(patience=1), self._avg.swapped(model):
         bn = self._bn if self._bn is not None or self._learn is None else self._stats(self._learn)
-        with (BNStats([]) if bn is None else bn).lent():
+        with (BNStats([]) if bn is None else bn).swapped():
             try: res = _copy_module(model)
             except Exception as e:
                 raise RuntimeError(f'this model cannot be copied ({type(e).__name__}: {e}). The average itself is safe: use learn.model after the fit, '
@@ -981,7 +952,7 @@ def load(self:SWA,
 def _n_iter(learn):
     "Iterations in each epoch of a fit to come: a distributed one shares them out"
     n = _epoch_length(learn.dls.train)
-    return -(-n//n_processes()) if any(map(_is_distributed, learn.cbs)) and not gives_parts(learn.dls.train) else n
+    return -(-n//world_size()) if any(map(is_distributed, learn.cbs)) and not is_sharded(learn.dls.train) else n
 
 @patch
 def fit_swa(self:Learner,

@@ -23,12 +23,16 @@ from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import get_model, rank_distrib
 
-from .average import all_finite, lend, own_name, unwrap
-from .batchnorm import _cancels, _n_batches, bn_layers, by_all, is_ddp, is_out_of_memory, rng_kept
-from .batchnorm import run_pass, side_bar, side_pass, stats_that_fit, trained_layers
+from .average import all_finite
+from .batchnorm import bn_layers
 from .callback import CycleCallback, _Refresh
-from .schedule import Cycles, _check_cycles, _check_lr, group_lrs
-from .utils import check_writable, get_modes, is_int, is_num, plain_number, read_file, set_modes
+from .learner import cancel_exceptions, is_out_of_memory, isolated_pass, measure_bn_within_memory, pass_bar, run_pass
+from .learner import trained_layers
+from .loader import preserve_rng
+from .params import get_modes, is_ddp, own_name, set_modes, swap_params, unwrap
+from .processes import by_all
+from .schedule import Cycles, check_cycles, check_lr, group_lrs
+from .utils import check_count, check_writable, is_int, is_num, plain_number, read_file
 from .utils import uninterrupted, with_parameters, write_file
 
 # %% ../nbs/40_ensemble.ipynb #d0b78074
@@ -72,7 +76,7 @@ def _check_fge(start, cycle_len):
     if not is_int(start) and not 0<=start<1:
         raise ValueError(f'start={start}: a float is the share of the fit before the cycles, in [0,1); '
                          f'for a number of epochs use an int, start={int(start)}')
-    _check_cycles(0, cycle_len)
+    check_cycles(0, cycle_len)
 
 def fge_cycles(
     n_epoch:int, # Epochs in the whole fit
@@ -169,7 +173,7 @@ def _apart(model):
     finally: set_modes(modes)
 
 @contextmanager
-def lend_state(
+def swapped_state(
     model:nn.Module, # A model
     state:dict, # Tensors by name: parameters and buffers of a model of this architecture, in training mode
 ):
@@ -187,7 +191,7 @@ def lend_state(
     with uninterrupted(patience=1), torch.no_grad(), ExitStack() as lent:
         try:
             with uninterrupted(), _apart(model):
-                lent.enter_context(lend(params.values(), values))
+                lent.enter_context(swap_params(params.values(), values))
                 for k,v in bufs.items(): put(v, state[k])
             yield model
         finally:
@@ -282,8 +286,8 @@ class Ensemble(CycleCallback):
         bn_batches:int=0, # Training batches for each member's BatchNorm statistics, measured when the fit ends. 0: the running ones it had. None: all batches
     ):
         last,bn_batches = plain_number(last),plain_number(bn_batches)
-        _n_batches(last, 'last', 'members')
-        if not (is_int(bn_batches) and bn_batches==0): _n_batches(bn_batches, 'bn_batches')
+        check_count(last, 'last', 'members')
+        if not (is_int(bn_batches) and bn_batches==0): check_count(bn_batches, 'bn_batches')
         self.last,self.keep_on,self.bn_batches = last,_place(keep_on),bn_batches
         self._members,self.collected,self._helpers = [],[],(_Refresh(self),)
 
@@ -414,7 +418,7 @@ def _refresh(self:Ensemble, k, layers):
     try: m = self._get(k)
     except ValueError as e: return self._once(k, f'{e}. This member keeps the BatchNorm statistics that it has')
     try:
-        with lend_state(model, m['state']): stats = stats_that_fit(self.learn, layers, self.bn_batches)
+        with swapped_state(model, m['state']): stats = measure_bn_within_memory(self.learn, layers, self.bn_batches)
     except Exception as e:
         if not is_out_of_memory(e): raise
         return self._once('memory', 'there was not enough memory to measure the BatchNorm statistics of each member: '
@@ -506,18 +510,18 @@ def _dl(self:Ensemble, learn, ds_idx, dl):
 def _vote(self:Ensemble, learn, dl, act, inv, last, go):
     "`go` with a callback that makes it see the mean of the last `last` members"
     last = plain_number(last)
-    _n_batches(last, 'last', 'members')
+    check_count(last, 'last', 'members')
     if last is not None and last>self.n_members: raise ValueError(f'last={last}: there are {self.n_members} members')
     n = last or self.n_members
     model,states = unwrap(learn.model),[self._get(k)['state'] for k in range(self.n_members-n, self.n_members)]
-    bar = side_bar(learn, n*len(dl), 'members')
+    bar = pass_bar(learn, n*len(dl), 'members')
     with uninterrupted(patience=1) as check:
         vote = _Vote(n, activation(learn.loss_func) if act is None else act, inv, bar, check)
         try:
             for state in states[:-1]:
-                with lend_state(model, state), side_pass(learn, dl, [vote]): run_pass(learn)
-            with lend_state(model, states[-1]): return go(vote)
-        except _cancels: vote._cut_short()
+                with swapped_state(model, state), isolated_pass(learn, dl, [vote]): run_pass(learn)
+            with swapped_state(model, states[-1]): return go(vote)
+        except cancel_exceptions: vote._cut_short()
         finally: bar.close()
 
 # %% ../nbs/40_ensemble.ipynb #e2cc4c02
@@ -544,7 +548,7 @@ def get_preds(self:Ensemble,
     or (`with_loss`) for an activation whose inverse is not known."""
     given,dl = dl is not None or not is_int(ds_idx),self._dl(learn, ds_idx, dl)
     if isinstance(dl, DataLoader):
-        with rng_kept(dl):
+        with preserve_rng(dl):
             if not given or dl.drop_last: dl = dl.new(shuffle=False, drop_last=False)
             dl = dl.new(get_idxs=_Same(dl.get_idxs()))           # all members see the same order
     with_loss = kwargs.get('with_loss', False)
@@ -649,8 +653,8 @@ class SnapshotEnsemble(Ensemble):
         bn_batches:int=0, # Training batches for each member's BatchNorm statistics, measured when the fit ends. 0: the running ones it had. None: all batches
     ):
         n_cycles,lr_max = plain_number(n_cycles),plain_number(lr_max)
-        _n_batches(n_cycles, 'n_cycles', 'cycles', none=False)
-        if lr_max is not None: _check_lr('lr_max', lr_max)
+        check_count(n_cycles, 'n_cycles', 'cycles', none=False)
+        if lr_max is not None: check_lr('lr_max', lr_max)
         super().__init__(last, keep_on, bn_batches)
         self.n_cycles,self.lr_max = n_cycles,lr_max
 
@@ -699,7 +703,7 @@ class FGE(Ensemble):
         start,lr_max,lr_min,cycle_len = map(plain_number, (start,lr_max,lr_min,cycle_len))
         _check_fge(.8 if start is None else start, cycle_len)
         for k,v in dict(lr_max=lr_max, lr_min=lr_min).items():
-            if v is not None: _check_lr(k, v)
+            if v is not None: check_lr(k, v)
         if is_num(lr_max) and is_num(lr_min) and lr_max<lr_min:
             raise ValueError(f'lr_min={lr_min} is above lr_max={lr_max}: swap them')
         super().__init__(last, keep_on, bn_batches)

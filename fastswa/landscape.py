@@ -26,10 +26,12 @@ from fastai.callback.rnn import ModelResetter
 from fastai.learner import AvgLoss, Learner, ValueMetric, load_model
 from fastai.torch_core import apply, find_bs, num_distrib
 
-from .average import WeightAverage, _averaged, _real, _wide, all_finite, unwrap
-from .batchnorm import BNStats, _Bar, _cancels, buffers_kept, learner_stats, side_pass, trained_layers
-from .callback import SWA, _Meter, _own_copy
-from .utils import uninterrupted
+from .average import WeightAverage, all_finite
+from .batchnorm import BNStats
+from .callback import SWA
+from .learner import ScoreMeter, cancel_exceptions, copy_metric, isolated_pass, measure_bn, trained_layers
+from .params import as_real, named_params, preserve_buffers, unwrap, wide_dtype
+from .utils import LateBar, uninterrupted
 
 # %% ../nbs/50_landscape.ipynb #99d29cac
 class _Catch:
@@ -50,7 +52,7 @@ def _named(learn, w, name):
     if w is None: w = learn
     if isinstance(w, (str,os.PathLike)): w = _read(learn, w)
     if isinstance(w, Learner): w = w.model
-    if isinstance(w, nn.Module): return _averaged(w)
+    if isinstance(w, nn.Module): return named_params(w)
     if isinstance(w, (SWA,WeightAverage)): w = w.state_dict()
     if isinstance(w, Mapping):
         if w.get('n', 1)==0: raise ValueError(f'{name}: nothing has been averaged yet')
@@ -65,14 +67,14 @@ def _named(learn, w, name):
 def _weights(learn, w, name):
     "The set of weights `w`, called `name`, as copies in float32 or better, in the order of the model's parameters"
     model,w = unwrap(learn.model),_named(learn, w, name)
-    own = _averaged(model)
+    own = named_params(model)
     missing,more = [k for k in own if k not in w],set(w)-set(own)-set(model.state_dict())
     if missing or more:
         raise ValueError(f"{name} is of another architecture than the learner's model: " + (f'it has no {missing[0]}' if missing else f'the model has no {min(more)}') +
                          f' ({len(missing)} of {len(own)} parameters are missing, {len(more)} are unknown)')
     bad = [k for k,p in own.items() if w[k].shape!=p.shape]
     if bad: raise ValueError(f"{name}: {bad[0]} has the shape {tuple(w[bad[0]].shape)}, the learner's model has {tuple(own[bad[0]].shape)}")
-    res = [w[k].detach().to(p.device, _wide(p.dtype), copy=True) for k,p in own.items()]
+    res = [w[k].detach().to(p.device, wide_dtype(p.dtype), copy=True) for k,p in own.items()]
     if not all_finite(res): raise ValueError(f'{name} has weights that are not finite (a training that diverged?)')
     return res
 
@@ -119,7 +121,7 @@ def _metric(learn, metric):
     elif 'accuracy' in m.name: head = f'validation 1 - {m.name}, %'
     else: head = f'validation {m.name}'
     f = (lambda v: 100*(1-v)) if 'accuracy' in m.name else (lambda v: 100*v) if m.name=='error_rate' else (lambda v: v)
-    return [_own_copy(m)],{head:f}
+    return [copy_metric(m)],{head:f}
 
 def _low_is_good(head): return head.endswith(('loss','error, %')) or ' 1 - ' in head
 
@@ -149,24 +151,24 @@ def _measuring(learn, metric, n_train, n_valid, total):
     place,layers,done = WeightAverage(model),trained_layers(learn),0
     place.n = 1             # its tensors will be filled with one place after the other, and lent by pointer
     progress = getattr(learn, 'progress', None) if learn.create_mbar else None
-    with uninterrupted(patience=1) as check, torch.no_grad(), warnings.catch_warnings(), buffers_kept(model), side_pass(learn, dls.train):
+    with uninterrupted(patience=1) as check, torch.no_grad(), warnings.catch_warnings(), preserve_buffers(model), isolated_pass(learn, dls.train):
         warnings.filterwarnings('ignore', 'the inputs of .* were not finite')      # far out they may be; the picture shows it
         train = _keep(dls.train, n_train, False, check)
         valid = _keep(dls[1], n_valid, True, check) if len(dls.loaders)>1 else _Kept()
         if not any(isinstance(cb, ModelResetter) for cb in learn.cbs): train = _join(train)
         if not train: raise ValueError('the training DataLoader gave no batch (fewer items than a batch, and drop_last?)')
         learn.create_mbar = False       # no bars within ours
-        bar = _Bar(total, progress is not None, getattr(progress, 'mbar', None), 'loss surface')
+        bar = LateBar(total, progress is not None, getattr(progress, 'mbar', None), 'loss surface')
         def score(dl, mets):
-            meter = _Meter([AvgLoss(), *mets])
-            with side_pass(learn, dl, [meter]):
+            meter = ScoreMeter([AvgLoss(), *mets])
+            with isolated_pass(learn, dl, [meter]):
                 try: learn._with_events(learn.all_batches, 'validate', CancelValidException)
-                except _cancels: pass
+                except cancel_exceptions: pass
             return [float(v) for v in meter.values()]
         def measure(origin, *steps):
             nonlocal done
             _move(place.average, origin, steps)
-            with place.swapped(model), (learner_stats(learn, layers, dl=train) or BNStats([])).lent():
+            with place.swapped(model), (measure_bn(learn, layers, dl=train) or BNStats([])).swapped():
                 res = {'training loss': score(train, [])[0]}
                 if valid:
                     res['validation loss'],*vals = score(valid, mets)
@@ -196,7 +198,7 @@ def _sets(weights, n=None):
     if not weights: raise ValueError('weights: give at least one set of weights')
     return dict(weights)
 
-def _dot(a, b): return sum((_real(x)*_real(y)).sum().item() for x,y in zip(a,b))
+def _dot(a, b): return sum((as_real(x)*as_real(y)).sum().item() for x,y in zip(a,b))
 def _norm(a): return _dot(a,a)**.5
 def _sub(a, b): return [x-y for x,y in zip(a,b)]
 
@@ -352,7 +354,7 @@ def plane(
         at = {k:place(*p) for k,p in points.items()}
         rows = [[place(x,y) for x in xs] for y in ys]
     values = {h:np.array([[o[h] for o in row] for row in rows]) for h in at['mean']}
-    keys = list(_averaged(learn.model))
+    keys = list(named_params(learn.model))
     return Plane(xs, ys, values, points, at, tuple(dict(zip(keys,o)) for o in (ws[0],u,v)))
 
 # %% ../nbs/50_landscape.ipynb #17fac7b8
@@ -439,7 +441,7 @@ def ray(
     ts = np.linspace(lo, hi, n)
     ts = np.sort(np.r_[ts[(abs(ts)>1e-6)&(abs(ts-1)>1e-6)], 0, 1])
     with _measuring(learn, metric, n_train, n_valid, len(ts)) as measure: vals = [measure(w0, (t,way)) for t in ts]
-    keys = list(_averaged(learn.model))
+    keys = list(named_params(learn.model))
     return Ray(tuple(names), ts, length, {h:np.array([o[h] for o in vals]) for h in vals[0]},
                {k:vals[ts.tolist().index(t)] for k,t in zip(names,(0,1))}, tuple(dict(zip(keys,o)) for o in (w0,way)))
 

@@ -37,7 +37,7 @@ class Cycles:
 # %% ../nbs/10_schedule.ipynb #b0f5dc38
 _is_int = is_int   # modules that build on this one know it by this name
 
-def _check_cycles(start, cycle_len):
+def check_cycles(start, cycle_len):
     "TypeError or ValueError, with what to type instead, for a `start` or `cycle_len` that no fit could use"
     if not is_num(start): raise TypeError(f'start must be a float (share of the fit) or an int (epochs before averaging), not {start!r}: try start=0.75')
     if is_int(start) and start<0: raise ValueError(f'start={start}: the number of epochs before averaging cannot be negative')
@@ -57,7 +57,7 @@ def swa_cycles(
     """Cycles that end with the fit. Cycles of a fractional number of iterations are rounded one by one, so no drift builds up;
     none is shorter than one iteration. Raises ValueError if `cycle_len` is longer than what is left of the fit after `start`,
     TypeError or ValueError for a `start` or `cycle_len` that no fit could use."""
-    _check_cycles(start, cycle_len)
+    check_cycles(start, cycle_len)
     start,cycle_len = plain_number(start),plain_number(cycle_len)
     total = n_epoch*n_iter
     first = start*n_iter if is_int(start) else int(start*total+1e-9)   # rounded down: something is always left
@@ -87,7 +87,7 @@ def _plain_lr(lr):
     if isinstance(lr, (list,tuple,L)) or (isinstance(lr, np.ndarray) and lr.ndim): return [plain_number(o) for o in lr]
     return plain_number(lr)
 
-def _check_lr(name, lr):
+def check_lr(name, lr):
     "TypeError or ValueError for something that is not a learning rate: a number, a slice, or a list with one for each parameter group"
     plain = _plain_lr(lr)
     vals = [plain.start,plain.stop] if isinstance(plain, slice) else plain if isinstance(plain, list) else [plain]
@@ -108,7 +108,7 @@ def group_lrs(
     peaks = np.array(peaks, dtype=float)
     n,top = len(peaks),peaks.max()
     if lr is None: return peaks/2
-    _check_lr(name, lr)
+    check_lr(name, lr)
     lr = _plain_lr(lr)
     if isinstance(lr, slice):
         if lr.start: return np.geomspace(lr.start, lr.stop, n) if n>1 else np.array([lr.stop], dtype=float)

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/01_utils.ipynb #ec05b68e
-import inspect, math, os, signal, threading, traceback, warnings, zipfile
+import inspect, math, os, signal, threading, time, traceback, warnings, zipfile
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,6 +16,7 @@ from uuid import uuid4
 import contextlib, fastai, fastcore, fastswa
 import numpy as np
 import torch
+from fastprogress.fastprogress import progress_bar
 from fastcore.docments import docments
 
 # %% ../nbs/01_utils.ipynb #4ab8aaaf
@@ -63,7 +64,7 @@ def warn_user(
     msg:str, # What is wrong, and what to type instead
     category=UserWarning, # Class of the warning
 ):
-    "Warn at the innermost line that is not of fastswa, fastai, fastcore or torch: the user's"
+    "Warn at the unwrap line that is not of fastswa, fastai, fastcore or torch: the user's"
     stack = traceback.extract_stack()
     at = next((o for o in reversed(stack) if not o.filename.startswith(_libraries)), stack[-1])
     warnings.warn_explicit(msg, category, at.filename, at.lineno, registry={})
@@ -140,6 +141,15 @@ def plain_number(
 def is_int(o): return isinstance(plain_number(o), int) and not isinstance(plain_number(o), bool)
 def is_num(o): return is_int(o) or (isinstance(plain_number(o), float) and math.isfinite(plain_number(o)))
 
+def check_count(n, name='n_batches', what='batches', none=True):
+    "`n` as Python's own number. Raises TypeError or ValueError for what is no number of batches"
+    if not (n is None and none) and not (is_int(n) and n>0):
+        hint = ', or None for all of them' if none else ''
+        raise (ValueError if is_int(n) else TypeError)(f'{name}={n!r}: give a positive number of {what}{hint}')
+    return plain_number(n)
+
+def is_a(o, *names): return any(c.__name__ in names for c in type(o).__mro__)       # by name: the module it is from may not be installed
+
 # %% ../nbs/01_utils.ipynb #4a9fa2df
 def with_parameters(cls):
     "Add what the comments beside the parameters of `cls` say to its docstring"
@@ -149,13 +159,22 @@ def with_parameters(cls):
     cls.__doc__ = '\n\n'.join([inspect.cleandoc(cls.__doc__ or ''), '\n'.join(['Parameters:', *lines])])
     return cls
 
-# %% ../nbs/01_utils.ipynb #ef2e1aab
-def get_modes(model): return [(m,m.training) for m in model.modules()]
-
-def set_modes(
-    modes:list, # What `get_modes` returned
-):
-    "Put every module back into its mode by its own `train`, as LoRA layers merge their weights there"
-    for m,mode in modes:
-        if m.training!=mode: m.train(mode)     # its children too: they come later in the list
-    for m,mode in modes: m.training = mode     # where a `train` of its own will not be told
+# %% ../nbs/01_utils.ipynb #2eba0fdd
+class LateBar:
+    "A progress bar that appears once the work proves to take more than a few seconds"
+    def __init__(self, total, show=True, parent=None, comment='BatchNorm statistics'):
+        self.total,self.show,self.parent,self.comment,self.bar,self.t0 = total,show,parent,comment,None,time.time()
+    def update(self, i):
+        spent = time.time()-self.t0
+        if self.show and self.bar is None and spent>1 and spent/i*self.total>4:
+            self.before = getattr(self.parent, 'child', None)
+            self.bar = progress_bar(range(self.total), parent=self.parent, leave=False)
+            self.bar.comment = self.comment
+            self.bar.update(0)
+            self.bar.start_t = self.t0
+        if self.bar is not None: self.bar.update(i)
+    def close(self):
+        if self.bar is None: return
+        self.bar.on_iter_end()
+        if self.before is not None: self.parent.add_child(self.before)
+        self.bar = None

@@ -11,7 +11,7 @@ from common import *
 from distributed import broadcast_on_cpu                     # the example
 from fastai.distributed import DistributedDL
 from fastswa.all import *
-from fastswa.batchnorm import stats_that_fit, trained_layers
+from fastswa.learner import measure_bn_within_memory, trained_layers
 from torch import distributed as dist
 from torch.nn.functional import batch_norm
 from torch.nn.parallel import DistributedDataParallel
@@ -315,7 +315,7 @@ def all_take_smaller_batches_if_one_has_no_memory():
             return x
     class Late(Callback):
         order = -50                                          # the loaders are still those of a distributed fit
-        def after_fit(self): stats_that_fit(self.learn, trained_layers(self.learn)).install()
+        def after_fit(self): measure_bn_within_memory(self.learn, trained_layers(self.learn)).install()
     for in_fit in False,True:
         learn = split(model=nn.Sequential(Hungry(), *net()))
         with quiet(learn), ctx(learn), warnings.catch_warnings(record=True) as told:

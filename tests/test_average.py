@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from fastswa import average, utils
+from fastswa import average, params, utils
 from fastswa.average import WeightAverage, all_finite, unwrap
 
 torch.manual_seed(0)
@@ -521,7 +521,7 @@ def test_lazy_modules():
 
 # --- Ctrl-C ---
 
-_ours = average.__file__,utils.__file__
+_ours = average.__file__,params.__file__,utils.__file__
 def lines_run(f, at=None):
     "Lines of ours that run in `f`, in their order; with a Ctrl-C at number `at`"
     res = []

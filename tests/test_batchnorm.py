@@ -9,8 +9,10 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.optim.swa_utils import update_bn as torch_update_bn
 from common import *
-from fastswa import batchnorm as B
-from fastswa.batchnorm import BNStats, forward_cbs, is_out_of_memory, learner_stats, rng_kept, run_pass, side_bar, side_pass, stats_that_fit, trained_layers, update_bn
+from fastswa import batchnorm as B, learner as L_, loader as loader_, params, utils
+from fastswa.batchnorm import BNStats, update_bn
+from fastswa.learner import forward_cbs, is_out_of_memory, isolated_pass, measure_bn, measure_bn_within_memory, pass_bar, run_pass, trained_layers
+from fastswa.loader import preserve_rng
 from fastswa.callback import SWA
 
 def cnn(): seed(); return nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4,5,3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(125,3))
@@ -170,7 +172,7 @@ def test_layers_that_merge_weights_in_evaluation(training):
     ref[1].weight.data,ref[1].bias.data = m[1].weight.data+(m[1].low.data if training else 0),m[1].bias.data
     update_bn(ref, [X[:200]])
     def look():
-        with side_pass(l, l.dls.valid) as learn: learn.model.eval(); run_pass(learn)
+        with isolated_pass(l, l.dls.valid) as learn: learn.model.eval(); run_pass(learn)
     w,modes = weights(m),[o.training for o in m.modules()]
     for f in (lambda: update_bn(m, X[:200].split(20)), l.update_bn, look, lambda: trained_layers(l)):
         f()
@@ -304,18 +306,18 @@ def test_torch_loader_generators():
     g = torch.Generator().manual_seed(3)
     dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X,Y), 64, shuffle=True, generator=g)
     before = g.get_state().clone()
-    with rng_kept(dl): list(dl); random.random(); np.random.rand(); torch.rand(1)
+    with preserve_rng(dl): list(dl); random.random(); np.random.rand(); torch.rand(1)
     assert torch.equal(g.get_state(), before)
     sampler = torch.utils.data.RandomSampler(range(200), generator=g)
     dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:200],Y[:200]), 64, sampler=sampler)
-    with rng_kept(dl): list(dl)
+    with preserve_rng(dl): list(dl)
     assert torch.equal(g.get_state(), before)
 
 def test_loaders_that_shuffle_in_place():
     from fastai.text.data import LMDataLoader
     dl = LMDataLoader([torch.arange(i, i+9) for i in range(20)], bs=4, seq_len=5, shuffle=True)
     ids,before = dl.items.idxs,list(dl.items.idxs)
-    with rng_kept(dl): list(dl); assert list(dl.items.idxs)!=before
+    with preserve_rng(dl): list(dl); assert list(dl.items.idxs)!=before
     assert dl.items.idxs is ids and list(ids)==before and list(dl.lens.idxs)==before
     class Own(torch.utils.data.Sampler):
         def __init__(self): self.rng,self.k = random.Random(3),0
@@ -323,7 +325,7 @@ def test_loaders_that_shuffle_in_place():
         def __len__(self): return 200
     for kw in (lambda s: dict(batch_size=64, sampler=s), lambda s: dict(batch_sampler=torch.utils.data.BatchSampler(s, 64, False))):
         s = Own(); dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:200],Y[:200]), **kw(s))
-        with rng_kept(dl): first = [b[1] for b in dl]
+        with preserve_rng(dl): first = [b[1] for b in dl]
         assert s.k==0 and all(torch.equal(a,b[1]) for a,b in zip(first,dl))
 
 # ---- learners
@@ -416,31 +418,31 @@ def test_mixed_precision_is_left_when_the_pass_stops_early(monkeypatch):
 
 def test_bar_appears_only_for_long_work(monkeypatch, capsys):
     from fastprogress.fastprogress import master_bar
-    t = time.time(); monkeypatch.setattr(B.time, 'time', lambda: t)
-    bar = B._Bar(10); bar.update(1); bar.close(); assert bar.bar is None
-    monkeypatch.setattr(B.time, 'time', lambda: t+2)
+    t = time.time(); monkeypatch.setattr(utils.time, 'time', lambda: t)
+    bar = utils.LateBar(10); bar.update(1); bar.close(); assert bar.bar is None
+    monkeypatch.setattr(utils.time, 'time', lambda: t+2)
     for parent in (None, master_bar(range(2))):            # the bars of a real console
-        if parent is not None: parent.add_child(first := B.progress_bar(range(3), parent=parent))
-        bar = B._Bar(10, parent=parent, comment='statistics'); bar.t0 = t; bar.update(1); bar.update(2); bar.close()
+        if parent is not None: parent.add_child(first := utils.progress_bar(range(3), parent=parent))
+        bar = utils.LateBar(10, parent=parent, comment='statistics'); bar.t0 = t; bar.update(1); bar.update(2); bar.close()
         out = capsys.readouterr().out
         assert '[2/10' in out and 'statistics' in out
         assert parent is None or parent.child is first     # gives the place back
-    bar = B._Bar(10, show=False); bar.t0 = t; bar.update(1); assert bar.bar is None
+    bar = utils.LateBar(10, show=False); bar.t0 = t; bar.update(1); assert bar.bar is None
 
 def test_bars_of_long_passes_end_to_end(monkeypatch, capsys):
     class Later:                                           # every look at the clock is two seconds after the last
         now = 0.
         def time(self): self.now += 2; return self.now
-    monkeypatch.setattr(B, 'time', Later())
+    monkeypatch.setattr(utils, 'time', Later())
     m = nn.Sequential(nn.BatchNorm1d(3)); x = torch.randn(80,3); update_bn(m, list(x.split(8))); assert_is(m[0], x)
     assert 'BatchNorm statistics' in capsys.readouterr().out
     l = learner(); l.update_bn()
     l.fit(1, cbs=SWA())
     capsys.readouterr()
-    with side_pass(l, l.dls.valid, bar=side_bar(l, 3, 'evaluation')) as learn: run_pass(learn)
+    with isolated_pass(l, l.dls.valid, bar=pass_bar(l, 3, 'evaluation')) as learn: run_pass(learn)
     out = capsys.readouterr().out
     assert '[1/3' in out and '[2/3' in out and 'evaluation' in out
-    with l.no_mbar(): assert not side_bar(l, 2).show
+    with l.no_mbar(): assert not pass_bar(l, 2).show
 
 def test_compiled_model_is_measured_without_compiling_again():
     x = torch.randn(40,3,9,9)
@@ -466,7 +468,7 @@ def test_streams_that_a_sampler_keeps_for_itself(rng):
         def __iter__(self): return iter(self.rng.permutation(20).tolist())
         def __len__(self): return 20
     dl = torch.utils.data.DataLoader(torch.arange(20), 5, sampler=Sampler())
-    with rng_kept(dl): a = torch.cat(list(dl))
+    with preserve_rng(dl): a = torch.cat(list(dl))
     assert torch.equal(torch.cat(list(dl)), a) and not torch.equal(torch.cat(list(dl)), a)
 
 # ---- what others do within the pass
@@ -497,7 +499,7 @@ def test_every_callback_hears_of_the_beginning_and_the_end():
         def __call__(self, event): heard.append(event); return super().__call__(event)
     l = learner(cbs=[Cancels('before_validate', CancelFitException), Cancels('after_validate', CancelEpochException), Hears()])
     heard.clear()
-    with side_pass(l, l.dls.valid) as learn: assert run_pass(learn) is None
+    with isolated_pass(l, l.dls.valid) as learn: assert run_pass(learn) is None
     assert heard[:2]+heard[-2:]==['before_fit','before_validate','after_validate','after_fit'] and heard.count('after_batch')==2
 
 def test_a_pass_that_is_cut_short_says_who_did_it():
@@ -505,7 +507,7 @@ def test_a_pass_that_is_cut_short_says_who_did_it():
         l = learner(cbs=Cancels('before_batch', exc)); w = state(l.model)
         with pytest.warns(UserWarning, match=f'^Cancels raised {exc.__name__} before the end of the first batch: BatchNorm statistics are left'): l.update_bn()
         assert same(state(l.model), w)
-        with side_pass(l, l.dls.valid) as learn: assert type(run_pass(learn)) is exc
+        with isolated_pass(l, l.dls.valid) as learn: assert type(run_pass(learn)) is exc
     l = learner(cbs=Cancels('before_batch', CancelBatchException))
     with pytest.warns(UserWarning, match='2 BatchNorm layers saw no data'): l.update_bn()
 
@@ -539,11 +541,11 @@ class Hungry(nn.Module):
 def hungry(n, error=torch.OutOfMemoryError, **kw): return learner(nn.Sequential(Hungry(n, error), *net()), **kw)
 
 def test_what_is_out_of_memory():
-    from fastswa.batchnorm import FailedElsewhere
+    from fastswa.processes import PeerError
     for e in (torch.OutOfMemoryError('x'), MemoryError(), RuntimeError('CUDA out of memory. Tried to allocate'), RuntimeError('CUDA error: out of memory'),
               RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
               RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes'), RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'),
-              RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling'), FailedElsewhere('process 1 failed with OutOfMemoryError: x, so')):
+              RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling'), PeerError('process 1 failed with OutOfMemoryError: x, so')):
         assert is_out_of_memory(e), e
     try: torch.empty(2**60)
     except RuntimeError as e: assert is_out_of_memory(e), e
@@ -566,11 +568,11 @@ def test_no_memory_at_all():
     l = hungry(3); w,before = state(l.model),dict(vars(l))
     with pytest.raises(torch.OutOfMemoryError, match='2.00 GiB.*not even with batches of 5 items.*learn.update_bn()') as e: l.update_bn()
     assert is_out_of_memory(e.value) and l.model[0].sizes==[40,20,10,5] and same(state(l.model), w) and dict(vars(l))==before
-    with pytest.raises(torch.OutOfMemoryError): learner_stats(l, bns(l.model))       # one attempt
+    with pytest.raises(torch.OutOfMemoryError): measure_bn(l, bns(l.model))       # one attempt
     with pytest.raises(OSError): hungry(3, OSError).update_bn()                      # nothing else is tried again
     dl = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X[:80],Y[:80]), 20)
     with pytest.raises(torch.OutOfMemoryError, match='a DataLoader gives batches of one size only: give dl= a loader with smaller batches'): l.update_bn(dl=dl)
-    with pytest.raises(TypeError, match='one size only'): learner_stats(l, bns(l.model), dl=dl, bs=5)
+    with pytest.raises(TypeError, match='one size only'): measure_bn(l, bns(l.model), dl=dl, bs=5)
 
 def test_autocast_is_left_when_the_memory_does_not_suffice(monkeypatch):
     from fastai.callback import fp16
@@ -640,7 +642,7 @@ def test_buffers_are_put_back():
     l = learner(m)
     own,was = dict(m[0].named_buffers()),state(m)
     def look():
-        with side_pass(l, l.dls.valid) as learn: learn.model.eval(); run_pass(learn)
+        with isolated_pass(l, l.dls.valid) as learn: learn.model.eval(); run_pass(learn)
     for f in (look, l.update_bn, lambda: update_bn(m, X[:60].split(20))):
         f()
         assert {k:id(b) for k,b in m[0].named_buffers()}=={k:id(b) for k,b in own.items()} and m[0].late is None
@@ -650,6 +652,7 @@ def test_buffers_are_put_back():
 
 # ---- Ctrl-C
 
+ours = {o.__file__ for o in (B,L_,loader_,params)}
 def interrupted(run, at=None):
     "Run it with a Ctrl-C where a line of the module, function and number, is executed for the n-th time; how often each was executed"
     lines,came = Counter(),False
@@ -660,7 +663,7 @@ def interrupted(run, at=None):
             if at==(o,lines[o]): signal.raise_signal(signal.SIGINT)
         return line
     old = sys.gettrace()
-    sys.settrace(lambda frame, event, arg: line if frame.f_code.co_filename==B.__file__ else None)
+    sys.settrace(lambda frame, event, arg: line if frame.f_code.co_filename in ours else None)
     try: run()
     except KeyboardInterrupt: came = True
     finally: sys.settrace(old)
@@ -669,7 +672,7 @@ def interrupted(run, at=None):
 
 def ctrl_c_net(): seed(); return nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64,3), nn.BatchNorm1d(3), nn.Linear(3,10))
 def evaluated(l):
-    with BNStats(bns(l.model), [torch.ones(1),torch.ones(3)], [torch.ones(1),torch.ones(3)]).lent(), side_pass(l, l.dls.valid) as learn:
+    with BNStats(bns(l.model), [torch.ones(1),torch.ones(3)], [torch.ones(1),torch.ones(3)]).swapped(), isolated_pass(l, l.dls.valid) as learn:
         learn.model.eval()
         run_pass(learn)
 
@@ -683,7 +686,7 @@ def test_ctrl_c_at_any_line(run):
     before,else_ = state(l.model),all_else()
     lines = interrupted(lambda: run(l))
     after = state(l.model)
-    puts_back = {'update_bn','side_pass','listening','lent','install','rng_kept','buffers_kept','trained_layers','_set_attrs'}
+    puts_back = {'update_bn','isolated_pass','attached','swapped','install','preserve_rng','preserve_buffers','trained_layers','set_attrs'}
     ats = [(o,n) for o,n in lines.items() if o[0] in puts_back]        # all lines, each time, hold too, and take a minute
     for at in ats+random.Random(1).sample(sorted({*lines.items()}-{*ats}), 5):
         l.model.load_state_dict(before)

@@ -557,7 +557,7 @@ def test_interrupted_inside_our_own_passes(exc, which):
     class Inner(Callback):
         "Fails in batches that are neither training nor fastai's own validation"
         def before_batch(self):
-            mine = [cb for cb in self.learn.cbs if type(cb).__name__==('_Pump' if which=='refresh' else '_Meter')]
+            mine = [cb for cb in self.learn.cbs if type(cb).__name__==('BNMeterCallback' if which=='refresh' else 'ScoreMeter')]
             if mine and self.learn.iter==1: raise exc('boom')
     l,swa,spy = learner(n_valid=150),SWA(start=1, cycle_len=1, eval_every=1),Spy()
     try: fit(l, 4, cbs=[swa, spy, Inner()])

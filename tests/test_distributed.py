@@ -6,7 +6,9 @@ import pytest, torch
 from common import *
 from fastai.distributed import ParallelTrainer
 from fastswa.all import *
-from fastswa.batchnorm import _Measure, by_all, gives_parts, n_processes
+from fastswa.batchnorm import BNMeter
+from fastswa.loader import is_sharded
+from fastswa.processes import by_all, world_size
 
 here = Path(__file__).resolve().parent
 example = here.parent/'examples'/'distributed.py'
@@ -169,22 +171,22 @@ def test_who_gives_parts():
     ds = torch.utils.data.TensorDataset(X,Y)
     loader = lambda **kw: torch.utils.data.DataLoader(ds, 20, **kw)
     sampler = torch.utils.data.distributed.DistributedSampler(ds, 2, 0)
-    assert gives_parts(loader(sampler=sampler))
-    assert gives_parts(torch.utils.data.DataLoader(ds, batch_sampler=torch.utils.data.BatchSampler(sampler, 20, False)))
-    for o in loader(), dls().train, [X], iter([X]): assert not gives_parts(o)
+    assert is_sharded(loader(sampler=sampler))
+    assert is_sharded(torch.utils.data.DataLoader(ds, batch_sampler=torch.utils.data.BatchSampler(sampler, 20, False)))
+    for o in loader(), dls().train, [X], iter([X]): assert not is_sharded(o)
     from accelerate.data_loader import prepare_data_loader
     kw = dict(num_processes=2, process_index=0, put_on_device=True, device=torch.device('cpu'))
-    assert gives_parts(prepare_data_loader(loader(), **kw)) and gives_parts(prepare_data_loader(loader(), dispatch_batches=True, **kw))
-    assert n_processes()==1
+    assert is_sharded(prepare_data_loader(loader(), **kw)) and is_sharded(prepare_data_loader(loader(), dispatch_batches=True, **kw))
+    assert world_size()==1
 
 def test_one_process_exchanges_nothing():
     def run(meet): meet(); raise OSError('as it is')
     with pytest.raises(OSError, match='as it is'): by_all(run, False)
 
 def test_parts_with_nothing_in_them():
-    m = _Measure([nn.BatchNorm1d(2)])
+    m = BNMeter([nn.BatchNorm1d(2)])
     empty,full = (0,torch.zeros(1).double(),torch.zeros(2).double(),torch.zeros(2).double()),(3,torch.tensor([4.]).double(),torch.tensor([1.,2]).double(),torch.tensor([8.,4]).double())
-    m.put_together([empty,full,empty])
+    m.merge_state([empty,full,empty])
     assert m.batches==3 and m.n.tolist()==[4] and m.mean.tolist()==[1,2] and m.m2.tolist()==[8,4]
-    m.put_together([empty,empty])
+    m.merge_state([empty,empty])
     assert m.n.tolist()==[0] and m.mean.isfinite().all()

@@ -3,7 +3,7 @@ import math, re
 
 import pytest, torch
 from common import *
-from fastswa import batchnorm
+from fastswa import utils
 from fastswa.callback import SWA
 
 learner = partial(learner, n=50, bs=10, n_valid=70)   # five batches in an epoch, two to validate
@@ -123,7 +123,7 @@ def notebook(monkeypatch):
     class Master(fp.NBMasterBar):
         def __init__(self, *args, **kw): super().__init__(*args, **kw); bars.append(self)
     monkeypatch.setattr(IPython.display, 'display', display)
-    for m in (progress,batchnorm): monkeypatch.setattr(m, 'progress_bar', fp.NBProgressBar)
+    for m in (progress,utils): monkeypatch.setattr(m, 'progress_bar', fp.NBProgressBar)
     monkeypatch.setattr(progress, 'master_bar', Master)
     return bars,handles
 
@@ -138,7 +138,7 @@ class Slow:
 def test_notebook_table_and_graph(slow, notebook, monkeypatch):
     "Also where the refresh takes so long that it shows a bar of its own, below the table"
     from fasthtml.common import to_xml
-    if slow: monkeypatch.setattr(batchnorm, 'time', Slow())
+    if slow: monkeypatch.setattr(utils, 'time', Slow())
     l = learner(); l.fit(3, cbs=[from_second(), ShowGraphCallback()])
     bars,handles = notebook
     assert len(bars)==1 and bars[0].lines[0]==names and [len(o) for o in bars[0].lines]==[7]*4

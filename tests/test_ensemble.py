@@ -892,7 +892,7 @@ def test_layers_that_merge_in_evaluation(keep_on, tmp_path):
 
 # ---- Ctrl-C at any line
 
-HALF_DONE = '_apart lend_state _put write _take _drop find _resume_or_reset _finish _refresh _vote predict save load'.split()      # others read, and change nothing
+HALF_DONE = '_apart swapped_state _put write _take _drop find _resume_or_reset _finish _refresh _vote predict save load'.split()      # others read, and change nothing
 
 def interrupted_at(n, f):
     "Run `f`, with Ctrl-C at the n-th line that it executes in functions of the module where something may be half-done; which lines these were"

@@ -6,9 +6,10 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from matplotlib.colors import BoundaryNorm
 from torch import nn
 from common import *
-from fastswa import batchnorm, landscape
+from fastswa import landscape, learner as L_
 from fastswa.average import WeightAverage
-from fastswa.batchnorm import trained_layers, update_bn
+from fastswa.batchnorm import update_bn
+from fastswa.learner import trained_layers
 from fastswa.callback import SWA
 from fastswa.landscape import *
 from fastswa.landscape import _join,_keep,_levels,_norm,_weights,plane,ray,width
@@ -433,7 +434,7 @@ def test_bar(monkeypatch):
         def __init__(self, *args): self.args = args; shown.append(self); self.n = []
         def update(self, i): self.n.append(i)
         def close(self): self.n.append('closed')
-    monkeypatch.setattr(landscape, '_Bar', Bar)
+    monkeypatch.setattr(landscape, 'LateBar', Bar)
     l,ws = made(plain_net())
     assert hasattr(l, 'progress')
     p = plane(l, ws, n=3, n_train=1, n_valid=1)
@@ -441,7 +442,7 @@ def test_bar(monkeypatch):
     assert shown[0].args[:2]==(total,True) and shown[0].args[3]=='loss surface' and shown[0].n==[*range(1,total+1),'closed']
     calm(ray, l, ws[0], ws[1], n=4, lo=0, hi=1); calm(width, l, ws, n=3, n_dirs=2)
     assert [o.args[:2] for o in shown[1:]]==[(4,False),(15,False)] and all(o.n[-2:]==[o.args[0],'closed'] for o in shown)
-    monkeypatch.setattr(batchnorm, '_Bar', Bar)
+    monkeypatch.setattr(L_, 'LateBar', Bar)
     shown.clear()
     l,ws = made()
     ray(l, ws[0], ws[1], n=2, lo=0, hi=1)
