@@ -418,7 +418,8 @@ def _refresh(self:Ensemble, k, layers):
     try: m = self._get(k)
     except ValueError as e: return self._once(k, f'{e}. This member keeps the BatchNorm statistics that it has')
     try:
-        with swapped_state(model, m['state']): stats = measure_bn_within_memory(self.learn, layers, self.bn_batches)
+        with swapped_state(model, m['state']):
+            stats = measure_bn_within_memory(self.learn, layers, self.bn_batches, inner=True)
     except Exception as e:
         if not is_out_of_memory(e): raise
         return self._once('memory', 'there was not enough memory to measure the BatchNorm statistics of each member: '
@@ -519,7 +520,7 @@ def _vote(self:Ensemble, learn, dl, act, inv, last, go):
         vote = _Vote(n, activation(learn.loss_func) if act is None else act, inv, bar, check)
         try:
             for state in states[:-1]:
-                with swapped_state(model, state), isolated_pass(learn, dl, [vote]): run_pass(learn)
+                with swapped_state(model, state), isolated_pass(learn, dl, [vote], inner=self._active and self._learn is learn): run_pass(learn)
             with swapped_state(model, states[-1]): return go(vote)
         except cancel_exceptions: vote._cut_short()
         finally: bar.close()
