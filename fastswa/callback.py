@@ -471,8 +471,8 @@ def _resume_or_reset(self:SWA, model):
     if self._loaded is not None:
         self._check_moment(self._loaded['done'], self._epoch*self._cycles.n_iter)
         return self._use_loaded(model)
-    if self._epoch>0 and self._avg is not None and self._avg._model is model:
-        if not self._avg.inside or self._avg.is_inside(): return self.restore(self.learn) if self._avg.inside else None
+    if self._epoch>0 and self._avg is not None and self._avg.model is model:
+        if not self._avg.applied or self._avg.is_applied(): return self.restore(self.learn) if self._avg.applied else None
         self._once('lost', f'the model was changed after the average of {self.n_averaged} snapshots had been put into it: that average is gone, a new one begins')
     self._avg,self._bn,self._own_bn,self._layers = None,None,None,None
     self._peaks,self._moms,self.collected = None,None,[]
@@ -637,7 +637,7 @@ def _install(self:SWA):
         if isinstance(cb, SaveModelCallback) and (cb.at_end or cb in self._saved):
             cb.after_fit()                                            # loads the best average, or saves the last
             if cb.at_end: continue
-            self._avg._adopt(self._saved[cb])
+            self._avg.rebase(self._saved[cb])
             self._bn,self.collected = BNStats(self._bn.layers),collected[:self._saved[cb]]
 
 # %% ../nbs/30_callback.ipynb #9a2e07d6
@@ -730,7 +730,7 @@ def _why_worse(self:SWA):
 @patch
 def _put(self:SWA, learn):
     with uninterrupted():
-        if not self._avg.inside: self._own_bn = BNStats(self._bn.layers)
+        if not self._avg.applied: self._own_bn = BNStats(self._bn.layers)
         self._avg.apply(unwrap(learn.model))
         self._bn.install()
 
@@ -775,7 +775,7 @@ def restore(self:SWA,
     Call it before training on. Raises TypeError without a learner, RuntimeError if nothing has been averaged, or if the model was trained on
     and `force` is not given."""
     model = self._known(learn, 'restore')
-    if not self._avg.inside: return
+    if not self._avg.applied: return
     with uninterrupted():
         self._avg.restore(model, force)
         if self._own_bn is not None: self._own_bn.install()
@@ -794,11 +794,11 @@ def compare(self:SWA,
     if dl is None and len(learn.dls.loaders)<2: raise ValueError('swa.compare(learn): this learner has no validation data: give a DataLoader, swa.compare(learn, dl=...)')
     dl = learn.dls.valid if dl is None else dl
     if dl_len(dl) is None: raise TypeError(f'swa.compare(learn, dl=...): give a DataLoader that knows its length, not {type(dl).__name__}')
-    metrics,inside = model_metrics(learn),self._avg.inside
+    metrics,inside = model_metrics(learn),self._avg.applied
     def score(): return score(learn, metrics, dl=dl, comment='compare').values()
     with uninterrupted(patience=1):
         if inside:
-            self._avg._still_inside()
+            self._avg.check_applied()
             self.restore(learn)
         try:
             rows = [score()]
@@ -823,7 +823,7 @@ def _copy_module(model):
 
 @patch
 def _warn_unmeasured(self:SWA):
-    if self._bn is None and self._learn is None and bn_layers(self._avg._model):
+    if self._bn is None and self._learn is None and bn_layers(self._avg.model):
         warn_user('the BatchNorm statistics of this copy are not those of the average: the fit was interrupted before they could be measured. '
                   'Call swa.apply(learn) first, or update_bn(model, dl) on the copy.')
 
@@ -834,8 +834,8 @@ def swa_model(self:SWA)->nn.Module:
     Raises RuntimeError if there is no average or the model cannot be copied; warns if its BatchNorm statistics were never measured."""
     if self._avg is None or not self._avg.n:
         raise RuntimeError('there is no average in a model yet: it was loaded, call swa.apply(learn) first' if self._loaded else f'there is no average yet: {self._when()}')
-    model = self._avg._model
-    if self._avg.inside: self._avg._still_inside()
+    model = self._avg.model
+    if self._avg.applied: self._avg.check_applied()
     self._warn_unmeasured()
     with uninterrupted(patience=1), self._avg.swapped(model):
         bn = self._bn if self._bn is not None or self._learn is None else self._stats(self._learn)
@@ -865,7 +865,7 @@ def copy_to(self:SWA,
         self._warn_unmeasured()
         avg,bn = self._avg,self._bn
         if bn is not None:
-            layers = [unwrap(model).get_submodule(own_name(k)) for k in layer_names(avg._model, bn.layers)]
+            layers = [unwrap(model).get_submodule(own_name(k)) for k in layer_names(avg.model, bn.layers)]
             bn = BNStats(layers, bn.means, bn.vars)
     avg.copy_to(model)
     if bn is not None: bn.install()
@@ -877,7 +877,7 @@ def state_dict(self:SWA)->dict:
     "Everything needed to go on in another process: the average, its count and statistics, the highest learning rates"
     if self._loaded is not None: return self._loaded
     avg = dict(n=0, average={}) if self._avg is None else self._avg.state_dict()
-    def names(layers): return [own_name(k) for k in layer_names(self._avg._model, layers)]
+    def names(layers): return [own_name(k) for k in layer_names(self._avg.model, layers)]
     bn = None if self._bn is None else dict(zip(names(self._bn.layers), zip(self._bn.means, self._bn.vars)))
     layers = None if self._layers is None else names(self._layers)
     peaks,moms = (None if o is None else [float(v) for v in o] for o in (self._peaks,self._moms))
@@ -922,7 +922,7 @@ def load_state_dict(self:SWA,
     """Go on from a saved average: the next fit continues it, `apply(learn)` puts it in.
 
     Raises TypeError or ValueError for another kind of state, RuntimeError while the average is in the model; nothing is changed then."""
-    if self._avg is not None and self._avg.inside: raise RuntimeError('the model holds the present average: take it out with swa.restore(learn) before loading another')
+    if self._avg is not None and self._avg.applied: raise RuntimeError('the model holds the present average: take it out with swa.restore(learn) before loading another')
     _check_state(state)
     with uninterrupted(): self._loaded,self._avg,self._bn,self._own_bn = dict(state),None,None,None
 

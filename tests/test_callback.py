@@ -545,7 +545,7 @@ def test_interrupted_at_every_event(ev, exc, snapshots):
     assert len(snapshots)==swa.n_averaged==len(swa.collected)>=5 and not any(same(a,b) for a,b in zip(snapshots,snapshots[1:]))   # nothing went in twice
     def is_mean():
         for p,m in zip(l.model.parameters(),mean): torch.testing.assert_close(p.detach().double(), m, atol=1e-6, rtol=1e-6)
-    if swa._avg.inside: is_mean()
+    if swa._avg.applied: is_mean()
     else: assert same(weights(l.model), spy.ws[-1])
     with quiet(l): swa.apply(l)
     is_mean()
@@ -561,7 +561,7 @@ def test_interrupted_inside_our_own_passes(exc, which):
             if mine and self.learn.iter==1: raise exc('boom')
     l,swa,spy = learner(n_valid=150),SWA(start=1, cycle_len=1, eval_every=1),Spy()
     try: fit(l, 4, cbs=[swa, spy, Inner()])
-    except (KeyboardInterrupt, RuntimeError) as e: assert 'boom' in str(e) and same(weights(l.model), spy.ws[-1]) and not swa._avg.inside
+    except (KeyboardInterrupt, RuntimeError) as e: assert 'boom' in str(e) and same(weights(l.model), spy.ws[-1]) and not swa._avg.applied
     else: assert issubclass(exc, (CancelFitException,CancelEpochException,CancelTrainException,CancelValidException,CancelBatchException)) and swa.n_averaged==3
     assert not helpers(l) and all(m.training==l.model.training for m in l.model.modules()) and all(m.momentum==.1 for m in l.model.modules() if hasattr(m,'momentum'))
 

@@ -85,7 +85,7 @@ def test_cancels_of_others_before_a_pass_of_ours(exc):
     l,swa = learner(cbs=Shape()),SWA(eval_every=1)
     assert not told(lambda: fit(l, 4, cbs=swa), 'drop_last')
     cols = np.array(l.recorder.values, dtype=float)[-1][-2:]
-    assert np.isfinite(cols).all() and swa._avg.is_inside()
+    assert np.isfinite(cols).all() and swa._avg.is_applied()
     np.testing.assert_allclose(list(_validate(l)), cols, rtol=1e-6)
 
 def _validate(l):
@@ -109,7 +109,7 @@ def test_out_of_memory_in_an_evaluation_and_in_the_refresh():
     memory = [w for w in ws if 'out of memory' in str(w.message)]
     assert len(memory)==2 and 'columns stay nan' in str(memory[0].message) and 'batches of 20' in str(memory[1].message)
     assert np.isnan(np.array(l.recorder.values, dtype=float)[:,3:]).all() and len(l.recorder.values)==4
-    assert swa.n_averaged==3 and swa._avg.is_inside()
+    assert swa.n_averaged==3 and swa._avg.is_applied()
     torch.testing.assert_close(l.model[1].running_mean[0], X[:200].mean(), atol=1e-5, rtol=1e-5)
 
 def test_no_memory_at_all_leaves_the_last_weights():
@@ -119,7 +119,7 @@ def test_no_memory_at_all_leaves_the_last_weights():
     l.model[0].at_most = math.inf                              # memory is free again
     with quiet(l): swa.apply(l)
     torch.testing.assert_close(l.model[1].running_mean[0], X[:200].mean(), atol=1e-5, rtol=1e-5)
-    assert swa._avg.is_inside()
+    assert swa._avg.is_applied()
 
 # ---- Ctrl-C at any line
 
@@ -173,7 +173,7 @@ def test_ctrl_c_at_any_line_of_the_callback():
             mean = spy.mean(swa.collected)
             n = len(spy.ws)
             def is_walk(): return any(same(weights(l.model), o) for o in whole.ws[n-1:n+1])      # perhaps a step further, not yet seen
-            assert swa._avg.is_inside() if swa._avg.inside else is_walk(), k
+            assert swa._avg.is_applied() if swa._avg.applied else is_walk(), k
             with quiet(l): swa.apply(l)
             for p,m in zip(l.model.parameters(), mean): torch.testing.assert_close(p.detach().double(), m, atol=1e-6, rtol=1e-6)
             swa.restore(l)

@@ -128,13 +128,13 @@ def test_a_fit_with_nothing_left_is_finished(how, tmp_path):
         order = -100
         def after_fit(self): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): fit(l, 4, cbs=[swa, Kill()])
-    assert not swa._avg.inside
+    assert not swa._avg.applied
     if how=='file':
         w = state(l.model)
         l,swa = learner(s=3, shuffle=False),SWA().load(tmp_path/'s.pt')
         l.model.load_state_dict(w)
     fit(l, 4, start_epoch=4, cbs=swa)
-    assert swa.n_averaged==5 and swa._avg.is_inside()
+    assert swa.n_averaged==5 and swa._avg.is_applied()
     for k,v in state(full.model).items(): torch.testing.assert_close(v.float(), l.model.state_dict()[k].float(), atol=1e-6, rtol=1e-5)
     assert same(weights(full.model), weights(l.model))
 
