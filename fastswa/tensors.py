@@ -100,12 +100,20 @@ def _lerp_narrow(avg, scratch, w, t):
         o = scratch[:o.numel()].copy_(o)
         a.copy_(o) if t==1 else a.lerp_(o, t)
 
+def _lerp_converted(a, w, t):
+    "A step towards a tensor of another type, device or arrangement in memory, by way of a copy of it"
+    w = w.to(a.device, a.dtype)
+    a.copy_(w) if t==1 else a.lerp_(w, t)
+
+# %% ../nbs/03_tensors.ipynb #66f112c5
 def _is_vector(p): return p.dim()==1 and p.is_contiguous()       # needs no view to be flat: no view can go stale
 
 def _keep(olds, avgs, t): torch._foreach_copy_(olds, avgs)
 
 def _put_back(olds, avgs, ws, t):
-    for o,a,w in zip(olds, avgs, ws): a.copy_(torch.where(o==w, w, a))
+    for o,a,w in zip(olds, avgs, ws):
+        w = w.to(a.device, a.dtype)
+        a.copy_(torch.where(o==w, w, a))
 
 def _keeping_infinities(steps, avgs, params):
     "`steps`, after which a value that is the mean already is still the mean, though the step to it was not a number"
@@ -130,11 +138,19 @@ def lerp_steps(
         res.append(partial(_lerp_bucket, buf, torch.empty_like(buf), ws))
     for a,p in ((avgs[i],params[i]) for i in narrow):
         if not _is_dense(p):
-            res.append(partial(_lerp_plain, [a], [p.detach()]))
+            res.append(partial(_lerp_converted, a, p.detach()))
             continue
         if (a.dtype,a.device) not in scratch: scratch[a.dtype,a.device] = a.new_empty(CHUNK)
         res.append(partial(_lerp_narrow, _flat(a), scratch[a.dtype,a.device], _flat(p)))
     return _keeping_infinities(res, avgs, params)
+
+def lerp_steps_apart(
+    avgs:list, # Tensors
+    params:list, # As many tensors of the same shapes, of any type, on any device
+)->list: # As from `lerp_steps`
+    "Steps towards what does not lie in memory as `avgs` does, tensor by tensor"
+    steps = [partial(_lerp_converted, as_real(a), as_real(p.detach())) for a,p in zip(avgs,params)]
+    return _keeping_infinities(steps, avgs, params)
 
 # %% ../nbs/03_tensors.ipynb #68a03c1f
 def _swap_values(p, a):
@@ -146,6 +162,9 @@ def _swap_values(p, a):
         x.copy_(y)
         y.copy_(tmp)
 
+# %% ../nbs/03_tensors.ipynb #d480619c
+def _layout(params): return [(p.dtype,p.device,p.stride()) for p in params]
+
 class Shadow:
     "A second set of values for `params`: tensors of their shapes and strides, float32 at least, that move with them"
     def __init__(self,
@@ -154,15 +173,13 @@ class Shadow:
         self.params,self.tensors = params,zeros_like(params)
         self.exchanged = False      # whether the second set is in the parameters, and what was there in `tensors`
         self._exact = {}            # while exchanged: index -> values that the parameter has rounded to half precision
-        self._layout,self._watched,self._ptrs = self._get_layout(),[],None
-
-    def _get_layout(self): return [(p.dtype,p.device,p.stride()) for p in self.params]
+        self._layout,self._watched,self._ptrs = _layout(params),[],None
 
     def _get_ptrs(self): return [p.data_ptr() for p in self._watched]
 
     def _follow(self):
         "Keep up with parameters that were moved to another device, type or memory format: steps read their addresses"
-        layout = self._get_layout()
+        layout = _layout(self.params)
         if layout!=self._layout:
             olds,self.tensors = self.tensors,zeros_like(self.params)
             for a,o in zip(self.tensors,olds): a.copy_(o)
@@ -174,16 +191,19 @@ class Shadow:
 
     def lerp(self,
         t:float, # Share of the way, in (0, 1]
-        params:list=None, # Towards these, of as many tensors of the same shapes. None: its own
+        params:list=None, # Towards these: as many tensors of the same shapes. None: its own
     ):
         "Go a step from the second set towards parameters, while it is not exchanged"
-        if params is None and self._get_ptrs()!=self._ptrs: self._follow()
-        for step in self._steps if params is None else lerp_steps(self.tensors, params): step(t)
+        if params is None:
+            if self._get_ptrs()!=self._ptrs: self._follow()
+            steps = self._steps
+        else: steps = (lerp_steps if _layout(params)==self._layout else lerp_steps_apart)(self.tensors, params)
+        for step in steps: step(t)
 
     @torch.no_grad()
     def exchange(self):
         "Both sets change places in place, a chunk at a time; a second call undoes the first"
-        moved = self._get_layout()!=self._layout
+        moved = _layout(self.params)!=self._layout
         if moved: self._follow()
         seen = set()
         for i,(p,a) in enumerate(zip(self.params,self.tensors)):

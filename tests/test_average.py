@@ -204,6 +204,29 @@ def test_other_models():
     avg.copy_to(same)
     assert torch.equal(same[0].weight, avg.average[0])
 
+@pytest.mark.parametrize('own', ['float32','bfloat16','float64','last'])
+@pytest.mark.parametrize('theirs', ['float32','float16','float64','last'])
+def test_another_model_of_another_type_or_memory_format(own, theirs):
+    def make(how):
+        m = nn.Sequential(nn.Conv2d(3,8,3), nn.Linear(9,7), nn.Conv2d(8,80,3), nn.Linear(99,99))     # small and large ones
+        return m.to(memory_format=torch.channels_last) if how=='last' else m.to(getattr(torch, how))
+    m,other,mask = make(own),make(theirs),torch.full((3,3), -math.inf).triu(1)
+    for o in (m,other): o.mask = nn.Parameter(mask.to(o[0].weight.dtype), requires_grad=False)
+    avg = WeightAverage(m); avg.update(m); avg.update(other); avg.update(other)
+    want = exact([snap(m),snap(other),snap(other)])
+    for a,e in zip(avg.average,want): torch.testing.assert_close(a.nan_to_num(neginf=0).double(), e.nan_to_num(neginf=0), atol=1e-6, rtol=1e-6)
+    assert torch.equal(avg.average[0].float(), mask)
+    first = WeightAverage(m); first.update(other)
+    assert all(torch.equal(a, p.to(a.dtype)) for a,p in zip(first.average,other.parameters()))
+
+def test_half_precision_weights_that_are_slices_or_empty():
+    m = nn.ParameterList([nn.Parameter(torch.randn(10,10).bfloat16()[:,::2]), nn.Parameter(torch.zeros(0,3).half()), nn.Parameter(torch.randn(3).half())])
+    avg,snaps = WeightAverage(m),[]
+    for _ in range(4): walk(m); avg.update(m); snaps.append(snap(m))
+    for a,e in zip(avg.average, exact(snaps)): torch.testing.assert_close(a.double(), e, atol=1e-6, rtol=1e-6)
+    avg.apply(m); assert avg.is_applied()
+    avg.restore(m); assert all(map(torch.equal, snap(m), snaps[-1]))
+
 def test_wrapped_models():
     m = cnn()
     avg = WeightAverage(nn.DataParallel(m)); avg.update(torch.compile(m))
