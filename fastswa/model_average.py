@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/27_model_average.ipynb #2c075307
+# %% ../nbs/27_model_average.ipynb #eee40ccf
 import io
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,13 +20,7 @@ from .learner import measure_bn, trained_layers
 from .params import own_name, unwrap
 from .utils import is_int, is_num, uninterrupted
 
-# %% ../nbs/27_model_average.ipynb #9487d026
-# SHIM
-if not hasattr(WeightAverage, 'applied'):
-    WeightAverage.applied = property(lambda s: s.inside); WeightAverage.is_applied = WeightAverage.is_inside; WeightAverage.check_applied = WeightAverage._still_inside
-    WeightAverage.rebase = WeightAverage._adopt; WeightAverage.model = property(lambda s: s._model)
-
-# %% ../nbs/27_model_average.ipynb #10006d23
+# %% ../nbs/27_model_average.ipynb #589c2ead
 def copy_module(model):
     "A copy; what refuses to be copied, as it keeps tensors of its last forward pass, may still be written and read"
     try: return deepcopy(model)
@@ -132,7 +126,7 @@ class ModelAverage:
         bn = None if stats is None else dict(zip(names(stats.layers), zip(stats.means, stats.vars)))
         return dict(self.weights.state_dict(), bn=bn, layers=None if self.layers is None else names(self.layers))
 
-# %% ../nbs/27_model_average.ipynb #a0192369
+# %% ../nbs/27_model_average.ipynb #614c63ba
 def _check_saved_stats(bn, wrong):
     if not isinstance(bn, dict): wrong('its BatchNorm statistics are no dict')
     for k,o in bn.items():

@@ -6,7 +6,8 @@ import pytest, torch
 from common import *
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
-from fastswa.average import WeightAverage, unwrap
+from fastswa.average import WeightAverage
+from fastswa.params import unwrap
 from fastswa.batchnorm import update_bn
 from fastswa.callback import SWA
 from fastswa.ensemble import SnapshotEnsemble
@@ -368,7 +369,7 @@ def test_channels_last(dev, amp):
     assert {o for _,o in m[1].seen}=={True} and set(m[1].count())=={'TT','FT','FF'}      # lent weights have the format too
     assert all(same(x,y) for x,y in zip(a.ws,b.ws)) and swa.n_averaged==5
     strides = [p.stride() for p in l.model.parameters()]
-    assert strides!=plain and strides==[o.stride() for o in swa._average.weights._others]==[o.stride() for o in swa._average.weights.average]
+    assert strides!=plain and strides==[o.stride() for o in swa._average.weights.shadow.tensors]==[o.stride() for o in swa._average.weights.average]
     assert_mean(l.model, b, swa.collected); assert_repeated(l)
     got = state(l.model)
     if not amp:
@@ -379,7 +380,7 @@ def test_channels_last(dev, amp):
     usual = seeing(look, wide_net()).to(dev)                                       # a model of the usual format
     assert same(weights(swa.copy_to(usual)), [got[k] for k in swa._average.weights.names]) and [p.stride() for p in usual.parameters()]==plain
     l.to_contiguous(); swa.apply(l)
-    assert same(state(l.model), got) and [p.stride() for p in l.model.parameters()]==plain==[o.stride() for o in swa._average.weights._others]
+    assert same(state(l.model), got) and [p.stride() for p in l.model.parameters()]==plain==[o.stride() for o in swa._average.weights.shadow.tensors]
 
 # ---- compiled models
 
@@ -513,7 +514,7 @@ def test_the_average_lives_beside_the_model(gpu, how, tmp_path):
     l,swa = on('cuda'),each(1)
     if how: getattr(l,how)()
     fit(l, 3, cbs=swa)
-    assert {o.device.type for o in (*swa._average.weights.average, *swa._average.weights._others, *swa._average.stats.means, *swa._average.stats.vars, *swa.swa_model.parameters())}=={'cuda'}
+    assert {o.device.type for o in (*swa._average.weights.average, *swa._average.weights.shadow.tensors, *swa._average.stats.means, *swa._average.stats.vars, *swa.swa_model.parameters())}=={'cuda'}
     swa.save(tmp_path/'s')
     other = on('cuda'); s = SWA().load(tmp_path/'s'); s.apply(other)
     assert same(weights(other.model), weights(l.model)) and {o.device.type for o in s._average.weights.average}=={'cuda'}
