@@ -187,6 +187,6 @@ def test_parts_with_nothing_in_them():
     m = BNMeter([nn.BatchNorm1d(2)])
     empty,full = (0,torch.zeros(1).double(),torch.zeros(2).double(),torch.zeros(2).double()),(3,torch.tensor([4.]).double(),torch.tensor([1.,2]).double(),torch.tensor([8.,4]).double())
     m.merge_state([empty,full,empty])
-    assert m.batches==3 and m.n.tolist()==[4] and m.mean.tolist()==[1,2] and m.m2.tolist()==[8,4]
+    assert m.batches==3 and m.moments.n.tolist()==[4] and m.moments.mean.tolist()==[1,2] and m.moments.m2.tolist()==[8,4]
     m.merge_state([empty,empty])
-    assert m.n.tolist()==[0] and m.mean.isfinite().all()
+    assert m.moments.n.tolist()==[0] and m.moments.mean.isfinite().all()
