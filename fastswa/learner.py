@@ -76,7 +76,7 @@ class _LeaveAutocast(Callback):
         self.entered = False
         for cb in self.mixed: cb('after_loss')
 
-# %% ../nbs/25_learner.ipynb #97883b62
+# %% ../nbs/25_learner.ipynb #b7d0cc02
 def _tell(learn, event):
     "All callbacks hear of `event`: one that cancels means no side pass, and those after it have things to prepare"
     for cb in learn.cbs.sorted('order'):
@@ -221,7 +221,7 @@ class BNMeterCallback(Callback):
         self.meter.batch_done()
         if self.learn.iter+1==self.n_batches: raise CancelValidException()
 
-# %% ../nbs/25_learner.ipynb #86d33955
+# %% ../nbs/25_learner.ipynb #9cb18374
 _known = CastToTensor,MixedPrecision,NonNativeMixedPrecision,ModelResetter,RNNCallback,HookCallback,ActivationStats
 
 def _is_known(cb): return type(cb) in _known or is_distributed(cb)
@@ -237,13 +237,13 @@ def _why_cut(cut, cbs):
     who = ' or '.join(type(cb).__name__ for cb in cbs if not _is_known(cb)) or 'a callback'
     return f'{who} raised {type(cut).__name__} before the end of the first batch'
 
-_replacing = contextmanager(replacing_yield)       # a bare generator in fastai; an attribute is put back after the block
+_replacing = contextmanager(replacing_yield)     # a bare generator in fastai: an attribute is put back after the block
 
 def _is_shared(learn, dl):
     "Whether all processes measure together, each its part of the data"
     return world_size()>1 and (is_ddp(learn.model) or any(map(is_distributed, learn.cbs)) or is_sharded(dl))
 
-# %% ../nbs/25_learner.ipynb #fe8a8971
+# %% ../nbs/25_learner.ipynb #9218404b
 def measure_bn(
     learn:Learner, # The learner, perhaps in the middle of a fit
     layers:list, # BatchNorm layers to measure
@@ -284,7 +284,7 @@ def is_out_of_memory(
     return said or isinstance(e, (_OutOfMemory,MemoryError))
 
 def _smaller(dl, bs, least, e):
-    "Half of the batch size that failed with `e`. Raises torch.OutOfMemoryError if `dl` cannot have it, or it's too small"
+    "Half of the batch size that failed with `e`. Raises torch.OutOfMemoryError if it's too small, or not for `dl`"
     try: tried = bs or reducible_bs(dl)
     except TypeError as why: raise _OutOfMemory(f'{e}. BatchNorm statistics: {why}') from e
     if tried//2>=least: return tried//2

@@ -8,7 +8,7 @@ from fastai.distributed import ParallelTrainer
 from fastswa.all import *
 from fastswa.batchnorm import BNMeter
 from fastswa.loader import is_sharded
-from fastswa.processes import by_all, world_size
+from fastswa.processes import together, world_size
 
 here = Path(__file__).resolve().parent
 example = here.parent/'examples'/'distributed.py'
@@ -180,8 +180,9 @@ def test_who_gives_parts():
     assert world_size()==1
 
 def test_one_process_exchanges_nothing():
-    def run(meet): meet(); raise OSError('as it is')
-    with pytest.raises(OSError, match='as it is'): by_all(run, False)
+    with pytest.raises(OSError, match='as it is'), together(False) as group:
+        group.barrier()
+        raise OSError('as it is')
 
 def test_parts_with_nothing_in_them():
     m = BNMeter([nn.BatchNorm1d(2)])
