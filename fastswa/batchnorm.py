@@ -54,12 +54,14 @@ def layer_names(model, layers):
     names = {id(m.running_mean):k for k,m in unwrap(model).named_modules() if _has_stats(m)}
     return [names[id(m.running_mean)] for m in layers]
 
-def check_scripted(model):
+def check_measurable(
+    model:nn.Module, # Any model
+    layers:list, # Those of its BatchNorm layers that will be measured
+):
+    "Warns of layers in TorchScript modules, which nobody can reach. Raises ValueError for a lazy layer that has seen no batch yet"
     hidden = [m.original_name for m in model.modules() if isinstance(m, torch.jit.ScriptModule) and 'BatchNorm' in m.original_name]
     if hidden: warn_user(f'{len(hidden)} BatchNorm layers are inside a TorchScript module, where no refresh can '
                          'reach them: their statistics stay those of the last weights. Average before scripting.')
-
-def check_lazy(model, layers):
     lazy = [m for m in layers if is_lazy(m.running_mean)]
     if not lazy: return
     name = next((k for k,m in unwrap(model).named_modules() if m is lazy[0]), '?')
@@ -201,7 +203,7 @@ class BNMeter:
         model.eval()
         for m in self.layers: m.training = True
 
-    def result(self, model)->BNStats:
+    def stats(self, model)->BNStats:
         "What was measured; layers that saw no data or gave no finite numbers keep what they had, and a warning says so"
         names = {m:k for k,m in unwrap(model).named_modules()}
         # fastai's TabularModel has a layer for no columns
@@ -223,14 +225,14 @@ class BNMeter:
 
 # %% ../nbs/20_batchnorm.ipynb #7c6fe7e3
 @patch
-def part(self:BNMeter):
+def state(self:BNMeter):
     "What this process has measured, as `merge_state` takes it"
     return self.batches,self.n,self.mean.cpu(),self.m2.cpu()
 
 @patch
-def merge_state(self:BNMeter, parts):
-    "Take over what was measured in several places, the `part` of each"
-    batches,n,mean,m2 = zip(*parts)
+def merge_state(self:BNMeter, states):
+    "Take over what was measured in several places, the `state` of each"
+    batches,n,mean,m2 = zip(*states)
     n,mean,m2 = (torch.stack(o).to(self.dev) for o in (n,mean,m2))
     wide = n.repeat_interleave(torch.tensor(self.sizes, device=self.dev), dim=1)
     self.mean = (wide*mean).sum(0)/wide.sum(0).clamp_min(1)
@@ -239,7 +241,7 @@ def merge_state(self:BNMeter, parts):
 
 def measured_by_all(run, shared, dev):
     "The `BNMeter` that `run` returns, of what all processes have seen"
-    res,parts = by_all(run, shared, BNMeter.part, dev)
+    res,parts = by_all(run, shared, BNMeter.state, dev)
     if shared: res.merge_state(parts)
     return res
 
@@ -299,10 +301,9 @@ def update_bn(
     Source: Izmailov et al. 2018, section 3.2."""
     _check_update_bn(model, dl)
     n_batches = check_count(n_batches)
-    check_scripted(model)
     layers = bn_layers(model)
+    check_measurable(model, layers)
     if not layers: return model
-    check_lazy(model, layers)
     inner,dev = unwrap(model),layers[0].running_mean.device
     total = min(o for o in (dl_len(dl), n_batches, 2**62) if o is not None)
     shared = world_size()>1 and (is_sharded(dl) if sync is None else sync)
@@ -325,5 +326,5 @@ def update_bn(
                     if i+1==n_batches: break
             finally: bar.close()
         return measure
-    measured_by_all(run, shared, dev).result(model).install()
+    measured_by_all(run, shared, dev).stats(model).install()
     return model

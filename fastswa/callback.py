@@ -565,7 +565,8 @@ def _stats(self:SWA, learn, measure=measure_bn):
     "BatchNorm statistics of the average, which the model of `learn` holds now"
     if self._bn is None:
         if self._layers is None: self._layers = trained_layers(learn)
-        self._bn = measure(learn, self._layers, self.bn_batches) or BNStats([])
+        inner = self._active and self._learn is learn
+        self._bn = measure(learn, self._layers, self.bn_batches, inner=inner) or BNStats([])
     return self._bn
 
 @patch
@@ -586,7 +587,7 @@ def after_validate(self:SWA):
 def _evaluate(self:SWA):
     "Values for our columns; nan where the memory does not suffice for them, as the training is worth more"
     try:
-        with self._lent(self.learn): return score(self.learn, model_metrics(self.learn)).values()
+        with self._lent(self.learn): return score(self.learn, model_metrics(self.learn), inner=True).values()
     except Exception as e:
         if not is_out_of_memory(e): raise
         self._once('memory', f'out of memory while the average was evaluated, its columns stay nan and the training goes on: try smaller batches, or bn_batches=. ({e})')
@@ -684,8 +685,8 @@ def _check_parts(self:SWA):
 @patch
 def _losses(self:SWA, train, valid, bn=None):
     "Loss of the weights that the model has now, in each of some validation batches, with statistics `bn` or those of some training batches"
-    if bn is None: bn = measure_bn(self.learn, self._layers, dl=train[0], n_batches=train[1]) or BNStats([])
-    with bn.swapped(): return np.array(score(self.learn, dl=valid[0], n_batches=valid[1], comment='check').losses)
+    if bn is None: bn = measure_bn(self.learn, self._layers, dl=train[0], n_batches=train[1], inner=True) or BNStats([])
+    with bn.swapped(): return np.array(score(self.learn, dl=valid[0], n_batches=valid[1], comment='check', inner=True).losses)
 
 @patch
 def _check_helped(self:SWA):
@@ -795,16 +796,17 @@ def compare(self:SWA,
     dl = learn.dls.valid if dl is None else dl
     if dl_len(dl) is None: raise TypeError(f'swa.compare(learn, dl=...): give a DataLoader that knows its length, not {type(dl).__name__}')
     metrics,inside = model_metrics(learn),self._avg.inside
-    def score(): return score(learn, metrics, dl=dl, comment='compare').values()
+    inner = self._active and self._learn is learn
+    def values(): return score(learn, metrics, dl=dl, comment='compare', inner=inner).values()
     with uninterrupted(patience=1):
         if inside:
             self._avg._still_inside()
             self.restore(learn)
         try:
-            rows = [score()]
+            rows = [values()]
             layers = trained_layers(learn) if self._layers is None else self._layers
-            with (measure_bn(learn, layers, self.bn_batches) or BNStats([])).swapped(): rows.append(score())
-            with self._lent(learn): rows.append(score())
+            with (measure_bn(learn, layers, self.bn_batches, inner=inner) or BNStats([])).swapped(): rows.append(values())
+            with self._lent(learn): rows.append(values())
         finally:
             if inside: self._put(learn)
     return pd.DataFrame(rows, columns=['loss', *(m.name for m in metrics)], index=['last weights', 'last weights, statistics measured', 'average'])

@@ -13,11 +13,11 @@ from fastcore.meta import delegates
 from fastai.torch_core import rank_distrib
 
 from .batchnorm import bn_layers, layer_names
-from .callback import CycleCallback, _Refresh
+from .cycle import CycleCallback, warn_of_nothing
 from .learner import is_out_of_memory, measure_bn_within_memory, trained_layers
 from .members import MemberFolder, MemberStore, check_goes_on, make_member, swapped_state
 from .params import is_ddp, unwrap
-from .processes import by_all
+from .processes import together
 from .schedule import Cycles, check_cycles, check_lr, group_lrs
 from .utils import check_count, is_int, is_num, plain_number, uninterrupted, with_parameters
 from .voting import Committee
@@ -98,64 +98,68 @@ _no_memory = ('there was not enough memory to measure the BatchNorm statistics o
               'running statistics of their moment. To try again, call learn.fit(n_epoch, start_epoch=n_epoch, '
               'cbs=ens), with the n_epoch of this fit')
 
+def _warn_of_zero(ens, lrs):
+    if np.max(lrs)==0:
+        ens.warn_once('zero', 'the learning rate is 0 in all cycles: the weights do not move, and all members will be '
+                              'the same. Give lr_max')
+
 class Ensemble(Committee, CycleCallback):
     """Members collected in one fit, whose predictions are averaged. What `SnapshotEnsemble` and `FGE` have in common:
     use one of these"""
     _stateattrs = CycleCallback._stateattrs+('_layers',)
-    _layers,_done_to_it,_leave_lr = None,'collected',''
+    _layers = None                      # those that trained when the last member was taken
     def __init__(self,
         last:int=None, # Keep only the last so many members, 1 or more. None: all
         keep_on='cpu', # 'cpu', 'disk' (files that go with this object), Path('folder') (that stay), or a torch device
         bn_batches:int=0, # Batches for each member's BatchNorm statistics when the fit ends. 0: running ones. None: all
     ):
-        last,bn_batches = plain_number(last),plain_number(bn_batches)
-        check_count(last, 'last', 'members')
-        if not (is_int(bn_batches) and bn_batches==0): check_count(bn_batches, 'bn_batches')
-        self.last,self.bn_batches,self.store = last,bn_batches,MemberStore(keep_on)
-        self.collected,self._helpers = [],(_Refresh(self),)
+        super().__init__()
+        self.last = check_count(last, 'last', 'members')
+        self.bn_batches = 0 if is_int(bn_batches) and bn_batches==0 else check_count(bn_batches, 'bn_batches')
+        self.store = MemberStore(keep_on)
 
     def __repr__(self): return f'{type(self).__name__}(n_members={self.n_members})'
     @property
     def keep_on(self): return self.store.keep_on
+    def is_training(self, learn): return self.in_fit and self.learn is learn
 
-    def _resume_or_reset(self, model):
+    def resume_or_reset(self, model, previous):
         """A fit with `start_epoch` goes on with the members up to there, those in a folder of files too; else a new
         ensemble begins"""
-        shared,done = is_ddp(self.learn.model),self._epoch*self._cycles.n_iter
-        def find(meet):
-            self.store.open(self.learn.path/self.learn.model_dir, type(self).__name__, shared)
-            kept,read = self.store.earlier(done)
-            for m in read: check_goes_on(m, model, len(self.learn.opt.hypers))
-            return kept,read
-        kept,read = by_all(find, shared)[0]             # nobody deletes what another process has yet to read
-        last = read[-1] if read else {}
+        learn,state,shared = self.learn,self.fit_state,is_ddp(self.learn.model)
+        with together(shared) as group:
+            self.store.open(learn.path/learn.model_dir, type(self).__name__, shared)
+            kept,read = self.store.earlier(state.done)
+            for m in read: check_goes_on(m, model, len(learn.opt.hypers))
+            group.barrier()                             # nobody deletes what another process has yet to read
         with uninterrupted(patience=1):
             self.store.kept,self.collected,self._layers = kept,[m['it'] for m in read],None
             while self.n_members>len(read): self._drop(len(read))    # of a walk that is not the one that goes on here
-            self._peaks = np.array(last['peaks'], dtype=float) if last else None
-            self._moms = None if last.get('moms') is None else list(last['moms'])        # members of 0.3.0 have none
-        lost = set([o for o in self._cycles.ends if o<=done][-(self.last or 0):])-set(self.collected)
+        if read: state.go_on(dict(read[-1], done=state.done))        # its highest rates, the momentum that is held
+        due = [o for o in state.cycles.ends if o<=state.done]
+        lost = set(due[-(self.last or 0):])-set(self.collected)
         if lost:
-            self._once('lost', f'{len(lost)} members of the fit that goes on here are not there, and the ensemble will '
-                               'be without them. With keep_on=Path(folder) members outlive a process')
+            self.warn_once('lost', f'{len(lost)} members of the fit that goes on here are not there, and the ensemble '
+                                   'will be without them. With keep_on=Path(folder) members outlive a process')
 
-    def _take(self, model):
-        self._layers = bn_layers(model)
+    def take(self, model):
+        self._layers,state = bn_layers(model),self.fit_state
         with uninterrupted(patience=1):
-            self._keep(make_member(model, self._done, self._peaks, self._moms, self.store.device))
+            self._keep(make_member(model, state.done, state.peaks, state.held_moms, self.store.device))
             while self.last and self.n_members>self.last: self._drop(0)
 
     def _keep(self, m, k=None):
         why = self.store.put(m, k)
-        if why: self._once('write', f'{why}: this member is kept in memory, and the training goes on. To have it in a '
+        if why:
+            self.warn_once('write', f'{why}: this member is kept in memory, and the training goes on. To have it in a '
                                     'file, make room and call save(folder) when the fit is over')
 
     def _drop(self, k):
         why = self.store.drop(k)
-        if why: self._once('drop', f'{why}: it is no member any more, remove it by hand')
+        if why: self.warn_once('drop', f'{why}: it is no member any more, remove it by hand')
 
-    def _finish(self):
-        self._check_collected()
+    def training_ends(self):
+        warn_of_nothing(self)
         if self.bn_batches==0: return
         layers = trained_layers(self.learn) if self._layers is None else self._layers
         if not layers: return
@@ -166,24 +170,17 @@ class Ensemble(Committee, CycleCallback):
         "Measure BatchNorm statistics for a member; where that cannot be done it keeps those that it has"
         model = unwrap(self.learn.model)
         try: m = self.store[k]
-        except ValueError as e: return self._once(k, f'{e}. This member keeps the BatchNorm statistics that it has')
+        except ValueError as e: return self.warn_once(k, f'{e}. This member keeps the BatchNorm statistics that it has')
         try:
-            with swapped_state(model, m['state']): stats = measure_bn_within_memory(self.learn, layers, self.bn_batches)
+            with swapped_state(model, m['state']):
+                stats = measure_bn_within_memory(self.learn, layers, self.bn_batches, inner=True)
         except Exception as e:
             if not is_out_of_memory(e): raise
-            return self._once('memory', _no_memory)
+            return self.warn_once('memory', _no_memory)
         names,dev = layer_names(model, stats.layers),next(iter(m['state'].values())).device
-        means = {f'{k}.running_mean':o.to(dev) for k,o in zip(names, stats.means)}
-        vars_ = {f'{k}.running_var':o.to(dev) for k,o in zip(names, stats.vars)}
+        means = {f'{name}.running_mean':o.to(dev) for name,o in zip(names, stats.means)}
+        vars_ = {f'{name}.running_var':o.to(dev) for name,o in zip(names, stats.vars)}
         self._keep(dict(m, state={**m['state'], **means, **vars_}), k)
-
-    def after_fit(self):
-        if not self.learn.lock.locked(): self._armed = self._active = False
-
-    def _warn_of_zero(self, lrs):
-        if np.max(lrs)==0:
-            self._once('zero', 'the learning rate is 0 in all cycles: the weights do not move, and all members will be '
-                               'the same. Give lr_max')
 
     def save(self,
         folder, # Path of a folder without members, made if it isn't there
@@ -219,42 +216,39 @@ class SnapshotEnsemble(Ensemble):
         snap = SnapshotEnsemble(5)
         learn.fit(60, lr, cbs=snap)
         preds,targs = snap.get_preds(learn)      # the mean of five; snap.validate(learn) for loss and metrics"""
-    _cycle_lrs = None
     @delegates(Ensemble.__init__)
     def __init__(self,
         n_cycles:int=5, # Cycles in the fit, 1 or more: the papers' M
         lr_max=None, # Learning rate at the beginning of each: number, slice or list. None: the highest of the fit's own
         **kwargs,
     ):
-        n_cycles,lr_max = plain_number(n_cycles),plain_number(lr_max)
-        check_count(n_cycles, 'n_cycles', 'cycles', none=False)
-        if lr_max is not None: check_lr('lr_max', lr_max)
+        self.n_cycles,self.lr_max = check_count(n_cycles, 'n_cycles', 'cycles', none=False),plain_number(lr_max)
+        if lr_max is not None: check_lr('lr_max', self.lr_max)
         super().__init__(**kwargs)
-        self.n_cycles,self.lr_max = n_cycles,lr_max
 
-    def _drives(self, cbs): return True
-    def _plan(self, n_epoch, n_iter): return snapshot_cycles(n_epoch, n_iter, self.n_cycles)
-    def _check_rates(self, n_groups): group_lrs(self.lr_max, [1.]*n_groups, 'lr_max')
+    def sets_lr(self, others): return True
+    def plan(self, n_epoch, n_iter): return snapshot_cycles(n_epoch, n_iter, self.n_cycles)
+    def check_rates(self, n_groups): group_lrs(self.lr_max, [1.]*n_groups, 'lr_max')
 
-    def _begun(self):
-        self._cycle_lrs,n = None,len(self._cycles.ends)
-        if n and n<self.n_cycles:
-            self._once('few', f'{self.n_cycles} cycles of whole iterations do not fit into {self._cycles.ends[-1]}: '
-                              f'there will be {n}, each of ceil(T/M) iterations')
+    def training_begins(self):
+        ends = self.fit_state.cycles.ends
+        if 0<len(ends)<self.n_cycles:
+            self.warn_once('few', f'{self.n_cycles} cycles of whole iterations do not fit into {ends[-1]}: '
+                                  f'there will be {len(ends)}, each of ceil(T/M) iterations')
 
-    def _rates(self, it):
-        if not self._cycles.ends: return None
-        if self._cycle_lrs is None: self._cycle_lrs = self._resolve_lrs()
-        return snapshot_lr(it, self._cycles.ends[-1], self.n_cycles, self._cycle_lrs[0])
+    def rates(self, it):
+        state = self.fit_state
+        if not state.cycles.ends: return None
+        if state.cycle_lrs is None: state.cycle_lrs = self._resolve_lrs(state.peaks)
+        return snapshot_lr(it, state.cycles.ends[-1], self.n_cycles, state.cycle_lrs[0])
 
-    def _resolve_lrs(self):
-        "Learning rates of the groups at the beginning of each cycle"
-        if self.lr_max is not None: lrs = group_lrs(self.lr_max, self._peaks, 'lr_max')
-        else:
-            sched = self._scheduled()
-            lrs = self._peaks if sched is None else np.broadcast_to(sched.max(0), self._peaks.shape)
-        self._warn_of_zero(lrs)
-        return (lrs,)
+    def _resolve_lrs(self, peaks):
+        "The rates at the beginning and at the end of all cycles"
+        sched = None if self.lr_max is not None else self.scheduled_lrs()
+        hi = group_lrs(self.lr_max, peaks, 'lr_max') if self.lr_max is not None else peaks
+        if sched is not None: hi = np.broadcast_to(sched.max(0), peaks.shape)
+        _warn_of_zero(self, hi)
+        return hi,0*hi
 
 # %% ../nbs/40_ensemble.ipynb #50f79bdc
 _swap_them = 'lr_min={} is above lr_max={}: swap them'
@@ -273,7 +267,6 @@ class FGE(Ensemble):
         fge = FGE()
         learn.fit(60, lr, cbs=fge)
         preds,targs = fge.get_preds(learn)      # the mean over its members; fge.validate(learn) for loss and metrics"""
-    _cycle_lrs = None
     @delegates(Ensemble.__init__)
     def __init__(self,
         start:float=None, # When cycles begin: share of the fit, in [0,1), or int: epochs. None: .8, or as SWA beside it
@@ -292,44 +285,37 @@ class FGE(Ensemble):
         self.start,self.cycle_len = start,cycle_len
         self.lr_max,self.lr_min = lr_max,lr_min
 
-    def _drives(self, cbs):
+    def sets_lr(self, others):
         own = any(o is not None for o in (self.start, self.lr_max, self.lr_min, self.cycle_len))
-        return own or not any(cb is not self and not isinstance(cb, Ensemble) and cb._drives([]) for cb in cbs)
+        return own or not any(cb is not self and not isinstance(cb, Ensemble) and cb.sets_lr([]) for cb in others)
 
-    def _plan(self, n_epoch, n_iter):
-        if self._lead is not None: return self._lead._plan(n_epoch, n_iter)
+    def plan(self, n_epoch, n_iter):
+        if self.lr_leader is not None: return self.lr_leader.plan(n_epoch, n_iter)
         return fge_cycles(n_epoch, n_iter, .8 if self.start is None else self.start, self.cycle_len)
 
-    def _check_rates(self, n_groups):
+    def check_rates(self, n_groups):
         hi,lo = (group_lrs(o, [1.]*n_groups, k) for o,k in ((self.lr_max,'lr_max'), (self.lr_min,'lr_min')))
         both = self.lr_max is not None and self.lr_min is not None
         if both and (hi<lo).any(): raise ValueError(_swap_them.format(self.lr_min, self.lr_max))
 
-    def _begun(self): self._cycle_lrs = None
-
-    def _rates(self, it):
-        c = self._cycles
+    def rates(self, it):
+        state,c = self.fit_state,self.fit_state.cycles
         if not c.ends or it<c.begin: return None
-        if self._cycle_lrs is None: self._cycle_lrs = self._resolve_lrs()
+        if state.cycle_lrs is None: state.cycle_lrs = self._resolve_lrs(state.peaks)
         n = 2*(c.ends[0]-c.begin)
-        return fge_lr(((it-c.begin)%n+1)/n, *self._cycle_lrs)
+        return fge_lr(((it-c.begin)%n+1)/n, *state.cycle_lrs)
 
-    def _resolve_lrs(self):
-        "Learning rates of the groups between cycles and in the middle of one"
-        hi = group_lrs(self.lr_max, self._peaks, 'lr_max')
-        lo = hi/100 if self.lr_min is None else group_lrs(self.lr_min, self._peaks, 'lr_min')
-        self._warn_of_zero(hi)
+    def _resolve_lrs(self, peaks):
+        "The rates at the ends and in the middle of all cycles"
+        hi = group_lrs(self.lr_max, peaks, 'lr_max')
+        lo = hi/100 if self.lr_min is None else group_lrs(self.lr_min, peaks, 'lr_min')
+        _warn_of_zero(self, hi)
         if (hi<lo).any():
-            self._once('rising', f'lr_min={self.lr_min} is above lr_max, which is {hi.max():.2g} here: '
-                                 'members are taken where the rate is highest. Give both')
+            self.warn_once('rising', f'lr_min={self.lr_min} is above lr_max, which is {hi.max():.2g} here: '
+                                     'members are taken where the rate is highest. Give both')
         return hi,lo
 
-    def plot_sched(self, ax=None):
-        """Draw the learning rate of the last fit, with a dot wherever a member was taken.
-
-        Raises RuntimeError before a fit."""
-        cycles = self._cycles
-        # a triangle is not cut where a member is taken
-        if self._lead is None and cycles is not None: self._cycles = Cycles(cycles.begin, (), cycles.n_iter)
-        try: return super().plot_sched(ax)
-        finally: self._cycles = cycles
+    def drawn_cycles(self):
+        "A triangle has no jump"
+        cycles = self.fit_state.cycles
+        return Cycles(cycles.begin, (), cycles.n_iter) if self.fit_state.lr_leader is None else cycles

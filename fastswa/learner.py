@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/25_learner.ipynb #40c9a6b1
 from contextlib import contextmanager
 from copy import copy, deepcopy
-import math, sys
+import math
 
 import torch
 from fastcore.basics import patch
@@ -22,7 +22,7 @@ from fastai.callback.training import set_bn_eval, BnFreeze
 from fastai.learner import AvgLoss, Learner, ValueMetric
 from fastai.torch_core import get_model
 
-from .batchnorm import BNMeter, BNStats, bn_layers, check_dl, check_lazy, check_scripted, force_eager, layer_names
+from .batchnorm import BNMeter, BNStats, bn_layers, check_dl, check_measurable, force_eager, layer_names
 from .batchnorm import measured_by_all
 from .loader import drop_padding, is_sharded, preserve_rng, rebatch, reducible_bs, set_attrs
 from .params import get_modes, is_ddp, preserve_buffers, set_modes, unwrap
@@ -46,12 +46,6 @@ def forward_cbs(
 
 # %% ../nbs/25_learner.ipynb #3a0dd4e4
 cancel_exceptions = CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException
-
-def _going_on(learn):
-    "Whether a fit or a validation of `learn` is going on. Its `dl` does not tell: `validate` leaves it behind"
-    f = sys._getframe()
-    while f is not None and not (f.f_code is Learner._with_events.__code__ and f.f_locals.get('self') is learn): f = f.f_back
-    return f is not None
 
 class _BatchEnd(Callback):
     "Moves the bar, and is where Ctrl-C is obeyed"
@@ -87,6 +81,7 @@ def isolated_pass(
     dl, # The DataLoader that will be used
     cbs=(), # Callbacks to run beside those that shape the forward pass
     bar=None, # Progress bar (`pass_bar`) that goes on with each batch and is closed in the end; None: no bar
+    inner:bool=False, # Whether a fit or a validation of `learn` is going on: then its callbacks are set up already
 ):
     """Run batches through the machinery of `learn` inside the block (see `run_pass`), and find the learner, its
     model's modes and buffers and all random streams (see `preserve_rng`) unchanged after it. Ctrl-C waits for the end of
@@ -96,21 +91,20 @@ def isolated_pass(
         autocast = _LeaveAutocast(kept)
         cbs = [*cbs, autocast, _BatchEnd(bar, check)]
         saved,modes,runs = dict(vars(learn)),get_modes(learn.model),[(cb,cb.run) for cb in kept]
-        # if no fit, validation or other side pass is going on, callbacks are not set up
-        outside = not ('_aside' in vars(learn) or _going_on(learn))
+        inner = inner or '_aside' in vars(learn)             # within another side pass everything is set up too
         streams = preserve_rng(dl, *learn.dls.loaders, busy=learn.training, others=kept)
         try:
             with streams, preserve_buffers(learn.model), force_eager(learn.model):
                 learn.cbs = L(*kept, *cbs)
                 for cb in cbs: cb.learn = learn
                 learn.training,learn.dl,learn._aside = False,dl,True
-                if outside:
+                if not inner:
                     learn.epoch,learn.n_epoch = 0,1
                     _tell(learn, 'before_fit')
                 try: yield learn
                 finally:
                     autocast.leave()
-                    if outside: _tell(learn, 'after_fit')
+                    if not inner: _tell(learn, 'after_fit')
         finally:
             for cb in cbs: cb.learn = None
             for cb,run in runs: cb.run = run                              # after_fit has switched all of them on
@@ -172,11 +166,12 @@ def copy_metric(metric):
 
 def model_metrics(learn): return [m for m in learn.metrics if not isinstance(m, ValueMetric)]      # those do not depend on the model
 
-def score(learn, metrics=(), n_batches=None, dl=None, comment='average'):
+def score(learn, metrics=(), n_batches=None, dl=None, comment='average', inner=False):
     "A `ScoreMeter` that has seen what the model of `learn` makes of validation batches; nothing is changed"
     dl = learn.dls.valid if dl is None else dl
     meter = ScoreMeter([AvgLoss(), *map(copy_metric, metrics)], n_batches)
-    with isolated_pass(learn, dl, [meter], pass_bar(learn, min(len(dl), n_batches or len(dl)), comment)): run_pass(learn)
+    bar = pass_bar(learn, min(len(dl), n_batches or len(dl)), comment)
+    with isolated_pass(learn, dl, [meter], bar, inner): run_pass(learn)
     return meter
 
 # %% ../nbs/25_learner.ipynb #2f3a5533
@@ -211,13 +206,13 @@ def measure_bn(
     n_batches:int=None, # Batches to use, of the size that `dl` has; None: all
     dl=None, # DataLoader; None: the training one
     bs:int=None, # Take the same data in batches of so many items; None: as `dl` gives them
+    inner:bool=False, # Whether a fit or a validation of `learn` is going on
 )->BNStats: # Statistics of the weights the model has now; None if there is nothing to measure
     """Population statistics over the training data as training sees it; nothing is changed, nothing installed.
 
     Raises TypeError for a `bs` that `dl` cannot have, ValueError for a lazy layer that has seen no batch yet."""
-    check_scripted(learn.model)
+    check_measurable(learn.model, layers or [])
     if not layers: return None
-    check_lazy(learn.model, layers)
     dl = learn.dls.train if dl is None else dl
     total = min(len(dl), n_batches or len(dl))
     if bs is not None:
@@ -227,7 +222,7 @@ def measure_bn(
     names = layer_names(learn.model, layers)
     def run(meet):
         pump = BNMeterCallback(n_batches, shared, meet)
-        with isolated_pass(learn, dl, [pump], bar):
+        with isolated_pass(learn, dl, [pump], bar, inner):
             if bs is not None: rebatch(dl, bs)
             wrapped,model = learn.model,unwrap(learn.model)
             # a distributed trainer may just have made SyncBatchNorm of the layers
@@ -237,7 +232,7 @@ def measure_bn(
                 try: measure.cut = _why_cut(run_pass(learn), kept)
                 finally: learn.model = wrapped
         return measure
-    return measured_by_all(run, shared, layers[0].running_mean.device).result(learn.model)
+    return measured_by_all(run, shared, layers[0].running_mean.device).stats(learn.model)
 
 # %% ../nbs/25_learner.ipynb #a7ba7bf2
 _OutOfMemory = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)
@@ -256,6 +251,7 @@ def measure_bn_within_memory(
     n_batches:int=None, # Batches to use, of the size that `dl` has; None: all
     dl=None, # DataLoader; None: the training one
     least:int=4, # Items in the smallest batch to try
+    inner:bool=False, # Whether a fit or a validation of `learn` is going on
 )->BNStats: # Statistics of the weights the model has now; None if there is nothing to measure
     """`measure_bn`, with smaller batches if the memory does not suffice, and one warning then.
 
@@ -264,7 +260,7 @@ def measure_bn_within_memory(
     shared = bool(layers) and _shared(learn, dl)
     while True:
         try:
-            res = measure_bn(learn, layers, n_batches, dl, bs)
+            res = measure_bn(learn, layers, n_batches, dl, bs, inner)
             break
         except Exception as e:
             again = is_out_of_memory(e)
@@ -303,6 +299,7 @@ def trained_layers(
 def update_bn(self:Learner,
     n_batches:int=None, # Training batches to use, 1 or more; None: all
     dl=None, # DataLoader to use instead of the training one
+    inner:bool=False, # Whether this is called by a callback, while a fit or a validation of the learner is going on
 ):
     """Give the BatchNorm layers of the model the statistics of the training data, as training sees it, for the weights they have now.
 
@@ -314,5 +311,5 @@ def update_bn(self:Learner,
         raise TypeError('learn.update_bn(dl): the first argument is a number of batches, type learn.update_bn(dl=dl)')
     n_batches = check_count(n_batches)
     if dl is not None: check_dl(dl, 'learn.update_bn(dl={})')
-    stats = measure_bn_within_memory(self, trained_layers(self), n_batches, dl)
+    stats = measure_bn_within_memory(self, trained_layers(self), n_batches, dl, inner=inner)
     if stats is not None: stats.install()

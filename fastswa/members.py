@@ -16,7 +16,7 @@ from fastai.torch_core import rank_distrib
 
 from .average import all_finite
 from .params import as_trained, movers, own_name, swap_params
-from .processes import by_all
+from .processes import together
 from .utils import check_writable, is_int, is_num, read_file, uninterrupted, write_file
 
 # %% ../nbs/38_members.ipynb #edf06041
@@ -271,10 +271,11 @@ class MemberStore:
         return why and f'{file} could not be written ({why})'
 
     def _write(self, m, file):
+        "Why that is refused, to any process; the first one writes for all, and when they have met the others may read"
         shared = self.shared and self.keep_on!='disk'      # temporary files are each process's own
-        def write(meet): return None if shared and rank_distrib() else _refusal(write_file, m, file)
-        why,all_ = by_all(write, shared)                   # when all have met, the others may read it
-        return next(filter(None, [why, *(all_ or ())]), None)
+        with together(shared) as group:
+            why = None if shared and rank_distrib() else _refusal(write_file, m, file)
+            return next(filter(None, group.gather(why)), None)
 
     def drop(self,
         k:int, # Which one

@@ -7,8 +7,7 @@ __all__ = []
 
 # %% ../nbs/14_processes.ipynb #f003d84a
 import sys
-from contextlib import nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import distributed as dist
@@ -35,18 +34,39 @@ def all_gather(
     if failed and error is None: raise PeerError(f'process {failed[0]} failed with {failed[1]}, so this one had to stop: nothing has been changed')
     return [o[1] for o in parts]
 
-def by_all(
-    run, # Function of one argument, another function, which it may call for a meeting on the way
-    shared:bool, # Whether the other processes do the same now
-    bring=noop, # Function of what `run` returns: what to bring to the last meeting, when it is over
-    dev=None, # A device of this process
-)->tuple: # What `run` returns; what each process has brought, None if nothing is shared
-    "`run` in this process, where an error in one of those that share it is an error in all"
-    if not shared: return run(noop),None
-    try: res = run(partial(all_gather, dev=dev))
-    except PeerError: raise
+class _Alone:
+    "A group of one process, which waits for nobody"
+    def barrier(self): pass
+    def gather(self, obj): return [obj]
+
+class _Group:
+    "The processes that share a task"
+    def __init__(self, dev): self.dev = dev
+    def barrier(self): self.gather(None)
+    def gather(self, obj): return all_gather(obj, dev=self.dev)
+
+@contextmanager
+def together(
+    shared:bool, # Whether all other processes run this block too; False: this one works alone and waits for nobody
+    dev=None, # A device of this process, needed where it is a GPU (`torch.device`)
+): # Generator of a group: `barrier()` waits for all, `gather(obj)` gives the list of what each has brought
+    """An error in one process is an error in all that run this block: there a `PeerError`, as soon as they meet.
+
+    They meet in `barrier` and `gather`. Each has to call the same ones, and the block ends with one of them: an error
+    after the last would be known to nobody."""
+    if not shared:
+        yield _Alone()
+        return
+    try: yield _Group(dev)
+    except PeerError: raise                      # the others know
     except Exception as e:
-        print(f'process {dist.get_rank()} of {world_size()} failed with {type(e).__name__}: {e}', file=sys.stderr, flush=True)      # now, should the meeting fail as well
+        # now, should the meeting fail as well
+        print(f'process {dist.get_rank()} of {world_size()} failed with {type(e).__name__}: {e}', file=sys.stderr, flush=True)
         all_gather(error=e, dev=dev)
         raise
-    return res,all_gather(bring(res), dev=dev)
+
+def by_all(run, shared, bring=noop, dev=None):
+    with together(shared, dev) as group:
+        res = run(group.barrier)
+        parts = group.gather(bring(res))
+    return res,(parts if shared else None)

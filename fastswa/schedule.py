@@ -28,35 +28,46 @@ class Cycles:
     def pos(self,
         it:int, # Iterations done before this one
     )->float: # In (0,1], 1 at the last iteration of a cycle; None outside of all cycles
-        "Position of an iteration in its cycle: t(i) of Izmailov et al. 2018, section 3.1: (mod(i-1,c)+1)/c for the i-th iteration"
+        """Position of an iteration in its cycle.
+
+        Source: Izmailov et al. 2018, section 3.1, where t(i) = (mod(i-1,c)+1)/c for the i-th iteration."""
         k = bisect_right(self.ends, it)
         if it<self.begin or k==len(self.ends): return None
         first = self.ends[k-1] if k else self.begin
         return (it-first+1)/(self.ends[k]-first)
 
 # %% ../nbs/10_schedule.ipynb #b0f5dc38
-_is_int = is_int   # modules that build on this one know it by this name
-
-def check_cycles(start, cycle_len):
+def check_cycles(
+    start, # When averaging begins: share of the fit, or epochs
+    cycle_len, # Epochs in a cycle, or None
+):
     "TypeError or ValueError, with what to type instead, for a `start` or `cycle_len` that no fit could use"
-    if not is_num(start): raise TypeError(f'start must be a float (share of the fit) or an int (epochs before averaging), not {start!r}: try start=0.75')
-    if is_int(start) and start<0: raise ValueError(f'start={start}: the number of epochs before averaging cannot be negative')
+    if not is_num(start):
+        raise TypeError('start must be a float (share of the fit) or an int (epochs before averaging), '
+                        f'not {start!r}: try start=0.75')
+    if is_int(start) and start<0:
+        raise ValueError(f'start={start}: the number of epochs before averaging cannot be negative')
     if not is_int(start) and not 0<=start<1:
-        raise ValueError(f'start={start}: a float is the share of the fit before averaging, in [0,1); for a number of epochs use an int, start={int(start)}')
+        raise ValueError(f'start={start}: a float is the share of the fit before averaging, in [0,1); '
+                         f'for a number of epochs use an int, start={int(start)}')
     if cycle_len is None: return
-    if not is_num(cycle_len): raise TypeError(f'cycle_len must be a number of epochs (fractions allowed) or None, not {cycle_len!r}')
-    if cycle_len<=0: raise ValueError(f'cycle_len={cycle_len}: a cycle needs a positive number of epochs; None chooses one')
+    if not is_num(cycle_len):
+        raise TypeError(f'cycle_len must be a number of epochs (fractions allowed) or None, not {cycle_len!r}')
+    if cycle_len<=0:
+        raise ValueError(f'cycle_len={cycle_len}: a cycle needs a positive number of epochs; None chooses one')
 
 # %% ../nbs/10_schedule.ipynb #9190b09b
 def swa_cycles(
     n_epoch:int, # Epochs in the whole fit
     n_iter:int, # Iterations in an epoch
     start:float=0.75, # float in [0,1): share of the fit before averaging; int: epochs before it
-    cycle_len:float=None, # Epochs in a cycle, fractions allowed; None: one, or a tenth of the averaging phase if that is shorter
+    cycle_len:float=None, # Epochs in a cycle, fractions allowed; None: one, or a tenth of the averaging if shorter
 )->Cycles: # No ends where the fit is over before `start`
-    """Cycles that end with the fit. Cycles of a fractional number of iterations are rounded one by one, so no drift builds up;
-    none is shorter than one iteration. Raises ValueError if `cycle_len` is longer than what is left of the fit after `start`,
-    TypeError or ValueError for a `start` or `cycle_len` that no fit could use."""
+    """Cycles that end with the fit. Those of a fractional number of iterations are rounded one by one, so no drift
+    builds up, and none is shorter than one iteration.
+
+    Raises ValueError if `cycle_len` is longer than what is left of the fit after `start`, TypeError or ValueError for
+    a `start` or `cycle_len` that no fit could use."""
     check_cycles(start, cycle_len)
     start,cycle_len = plain_number(start),plain_number(cycle_len)
     total = n_epoch*n_iter
@@ -65,15 +76,18 @@ def swa_cycles(
     if left<=0: return Cycles(total, (), n_iter)
     c = max(1, min(n_iter, left/10) if cycle_len is None else cycle_len*n_iter)
     n = int(left/c+1e-9)
-    if n==0: raise ValueError(f'cycle_len={cycle_len} epochs is longer than the {left/n_iter:.4g} that start={start} leaves of {n_epoch} epochs: '
-                              f'no cycle would end and nothing be averaged. Use cycle_len<={left/n_iter:.4g} or an earlier start.')
+    if n==0:
+        most = f'{left/n_iter:.4g}'
+        raise ValueError(f'cycle_len={cycle_len} epochs is longer than the {most} that start={start} leaves of '
+                         f'{n_epoch} epochs: no cycle would end and nothing be averaged. '
+                         f'Use cycle_len<={most} or an earlier start.')
     ends = tuple(total-int(k*c+.5) for k in reversed(range(n)))
     return Cycles(first if is_int(start) else total-int(n*c+.5), ends, n_iter)
 
 # %% ../nbs/10_schedule.ipynb #6457eef5
 def cycle_lr(
     pos:float, # Position in the cycle, in (0,1]
-    swa_lr:float, # Learning rate at the end of the cycle, where weights are collected (a number or an array, one per group)
+    swa_lr:float, # Learning rate at the end of the cycle, where weights are collected (a number, or an array of groups)
     swa_lr_max:float=None, # Learning rate at the beginning of the cycle; None: constant at `swa_lr`
     sched=SchedLin, # Shape between the two: a fastai schedule function of (start, end)
 )->float: # The learning rate at `pos`
@@ -87,14 +101,21 @@ def _plain_lr(lr):
     if isinstance(lr, (list,tuple,L)) or (isinstance(lr, np.ndarray) and lr.ndim): return [plain_number(o) for o in lr]
     return plain_number(lr)
 
-def check_lr(name, lr):
-    "TypeError or ValueError for something that is not a learning rate: a number, a slice, or a list with one for each parameter group"
-    plain = _plain_lr(lr)
-    vals = [plain.start,plain.stop] if isinstance(plain, slice) else plain if isinstance(plain, list) else [plain]
-    if isinstance(plain, slice) and plain.start is None: vals = vals[1:]
-    if not vals or not all(map(is_num, vals)):
-        raise TypeError(f'{name} must be a number, a slice, or a list with one learning rate per parameter group, not {lr!r}')
-    if min(vals)<0: raise ValueError(f'{name}={lr!r}: a learning rate cannot be negative')
+def _each_rate(lr):
+    "The rates that `lr` names; a slice need not name its start"
+    if isinstance(lr, slice): return [lr.stop] if lr.start is None else [lr.start,lr.stop]
+    return lr if isinstance(lr, list) else [lr]
+
+def check_lr(
+    name:str, # What to call it in messages
+    lr, # A number, a slice, or a list with one for each parameter group
+):
+    "TypeError or ValueError for something that is not a learning rate"
+    rates = _each_rate(_plain_lr(lr))
+    if not rates or not all(map(is_num, rates)):
+        raise TypeError(f'{name} must be a number, a slice, or a list with one learning rate per parameter group, '
+                        f'not {lr!r}')
+    if min(rates)<0: raise ValueError(f'{name}={lr!r}: a learning rate cannot be negative')
 
 # %% ../nbs/10_schedule.ipynb #cedbe0d9
 def group_lrs(
@@ -104,18 +125,20 @@ def group_lrs(
 )->np.ndarray: # One learning rate per group
     """Learning rates for all parameter groups, shape (groups,). A slice means what it means in `fit`.
 
-    Raises ValueError for a list of another length than there are groups or a negative rate, TypeError for what is not a rate."""
+    Raises ValueError for a list of another length than there are groups or a negative rate, TypeError for what is
+    not a rate."""
     peaks = np.array(peaks, dtype=float)
     n,top = len(peaks),peaks.max()
     if lr is None: return peaks/2
     check_lr(name, lr)
     lr = _plain_lr(lr)
     if isinstance(lr, slice):
-        if lr.start: return np.geomspace(lr.start, lr.stop, n) if n>1 else np.array([lr.stop], dtype=float)
+        if lr.start and n>1: return np.geomspace(lr.start, lr.stop, n)
         return np.array([lr.stop/10]*(n-1)+[lr.stop], dtype=float)
     if not isinstance(lr, list): return peaks*(lr/top) if top else np.full(n, float(lr))
-    if len(lr)!=n: raise ValueError(f'{name} lists {len(lr)} learning rates, the optimizer has {n} parameter groups: '
-                                    f'give {n}, or a single number, which keeps the proportions of the groups')
+    if len(lr)!=n:
+        raise ValueError(f'{name} lists {len(lr)} learning rates, the optimizer has {n} parameter groups: '
+                         f'give {n}, or a single number, which keeps the proportions of the groups')
     return np.array(lr, dtype=float)
 
 # %% ../nbs/10_schedule.ipynb #27409bc9
@@ -125,11 +148,13 @@ def swa_lrs(
     lr=1e-3, # Learning rate outside of the cycles: a number, or a fastai schedule function of the position in the fit
     swa_lr=None, # Learning rate at the end of each cycle; None: half of the highest before; False: `lr` goes on
     start:float=0.75, # float in [0,1): share of the fit before averaging; int: epochs before it
-    cycle_len:float=None, # Epochs in a cycle, fractions allowed; None: one, or a tenth of the averaging phase if that is shorter
+    cycle_len:float=None, # Epochs in a cycle, fractions allowed; None: one, or a tenth of the averaging if shorter
     swa_lr_max=None, # Learning rate at the beginning of each cycle; None: constant
     sched=SchedLin, # Shape between the two
 )->tuple: # (array of learning rates, one per iteration; `Cycles`)
-    "The learning rate of every iteration of a fit with `SWA`, shape (n_epoch*n_iter,), for one parameter group. Raises as `swa_cycles` and `group_lrs`"
+    """The learning rate of every iteration of a fit with `SWA`, shape (n_epoch*n_iter,), for one parameter group.
+
+    Raises as `swa_cycles` and `group_lrs` do."""
     cycles = swa_cycles(n_epoch, n_iter, start, cycle_len)
     total = n_epoch*n_iter
     lrs = np.array([float(lr(i/total) if callable(lr) else lr) for i in range(total)])
@@ -141,6 +166,10 @@ def swa_lrs(
     return lrs,cycles
 
 # %% ../nbs/10_schedule.ipynb #a650ce8b
+def _with_gaps(xs, ys, at):
+    "Coordinates of a line that is not drawn across the places `at`: a restart is a jump"
+    return np.insert(xs, at, np.nan),np.insert(ys.astype(float), at, np.nan)
+
 def draw_sched(
     lrs, # Learning rate of each iteration
     cycles:Cycles, # Where cycles end
@@ -149,16 +178,18 @@ def draw_sched(
 ): # The matplotlib axes
     "Draw learning rates against epochs, with a dot wherever weights are collected"
     if ax is None: _,ax = plt.subplots(figsize=(6,2.6))
-    lrs,ends = np.asarray(lrs),[o for o in (cycles.ends if ends is None else ends) if o<=len(lrs)]
+    lrs,ends = np.asarray(lrs),cycles.ends if ends is None else ends
+    ends = [o for o in ends if o<=len(lrs)]
     x = np.arange(1,len(lrs)+1)/cycles.n_iter
-    cut = np.insert(lrs.astype(float), cycles.ends[:-1], np.nan) if cycles.ends and cycles.ends[-1]<=len(lrs) else lrs   # a restart is a jump: no line across it
-    xcut = np.insert(x, cycles.ends[:-1], np.nan) if len(cut)>len(lrs) else x
-    ax.plot(xcut, cut, color='0.35', lw=1.5)
+    whole = cycles.ends and cycles.ends[-1]<=len(lrs)
+    ax.plot(*_with_gaps(x, lrs, cycles.ends[:-1] if whole else ()), color='0.35', lw=1.5)
     at = [o-1 for o in ends]
     ax.plot(x[at], lrs[at], 'o', ms=4.5, color='C3', label=f'weights collected ({len(ends)})', clip_on=False, zorder=3)
-    ax.set(xlabel='epoch', ylabel='learning rate', xlim=(0, max(x[-1], 1/cycles.n_iter)), ylim=(0, 1.08*max(np.nanmax(lrs), 1e-12)))
+    ax.set(xlabel='epoch', ylabel='learning rate')
+    ax.set(xlim=(0, max(x[-1], 1/cycles.n_iter)), ylim=(0, 1.08*max(np.nanmax(lrs), 1e-12)))
     for s in ('top','right'): ax.spines[s].set_visible(False)
-    if ends: ax.legend(frameon=False, loc='lower right', bbox_to_anchor=(1,.98), borderaxespad=0)   # above the curve, wherever that is
+    above = dict(loc='lower right', bbox_to_anchor=(1,.98), borderaxespad=0)      # of the curve, wherever that is
+    if ends: ax.legend(frameon=False, **above)
     return ax
 
 # %% ../nbs/10_schedule.ipynb #1fc18b72
@@ -171,10 +202,14 @@ def plot_swa_sched(
     ax=None, # matplotlib axes; None: a new figure
     **kwargs # As in `swa_lrs`
 ): # The matplotlib axes
-    "Draw, before any training, the learning rate and the collection points that a fit with `SWA` will have. Raises as `swa_lrs`"
+    """Draw, before any training, the learning rate and the collection points that a fit with `SWA` will have.
+
+    Raises as `swa_lrs` does."""
     lrs,cycles = swa_lrs(n_epoch, n_iter, lr, **kwargs)
     ax = draw_sched(lrs, cycles, ax=ax)
-    if not cycles.ends: ax.set_title(f'Nothing would be averaged: start={kwargs["start"]} leaves none of {n_epoch} epochs', fontsize='small')
+    if not cycles.ends:
+        said = f'Nothing would be averaged: start={kwargs["start"]} leaves none of {n_epoch} epochs'
+        ax.set_title(said, fontsize='small')
     return ax
 
 # %% ../nbs/10_schedule.ipynb #8c8b7d58
@@ -183,11 +218,14 @@ def fit_positions(
     n_iter:int, # Iterations in an epoch
     upto:int=None, # How many iterations, from the first on. None: all
 )->list: # A float in [0,1) for each iteration
-    "The positions that fastai gives to the schedules of a fit: its `pct_train`, to the bit. Source: fastai's `TrainEvalCallback`"
+    """The positions that fastai gives to the schedules of a fit: its `pct_train`, to the bit.
+
+    Source: fastai's `TrainEvalCallback`."""
     total = n_epoch*n_iter
-    upto,step,res = total if upto is None else min(upto, total),1./total if total else 0.,[]
+    upto = total if upto is None else min(upto, total)
+    pos,res = 0.,[]
     for i in range(upto):
-        pos = pos+step if i%n_iter else i//n_iter/n_epoch
+        pos = pos+1./total if i%n_iter else i//n_iter/n_epoch
         res.append(pos)
     return res
 
@@ -197,7 +235,8 @@ def sched_authors(
     swa_lr, # Learning rate to arrive at
     begin:float, # Share of the fit at which averaging begins, in [0,1]
 )->callable: # Learning rate as a function of the position in the fit, in [0,1]
-    "fastai schedule function of the authors' recipe: flat to half of `begin`, linear down to `swa_lr` at 90% of it, then flat. Source: `schedule` in the authors' train.py"
+    """fastai schedule function of the authors' recipe: flat to half of `begin`, linear down to `swa_lr` at 90% of it,
+    then flat. Source: `schedule` in the authors' train.py."""
     def _inner(pos):
         t = pos/begin if begin else 1.
         return lr + (swa_lr-lr)*min(max((t-.5)/.4, 0), 1)

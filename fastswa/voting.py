@@ -185,6 +185,7 @@ def vote(
     dl, # DataLoader
     go, # Function of a `Vote`: the last pass, with this callback
     act, # Activation of the outputs
+    inner:bool=False, # Whether a fit or a validation of `learn` is going on: then its callbacks are set up already
     **kwargs, # `inv`, `outputs`: as `Vote` has them
 ): # What `go` returns
     """Hear each member over the data in `dl`, the last one in the pass that `go` makes.
@@ -196,7 +197,7 @@ def vote(
         cb = Vote(len(states), act, batch_done=bar.update, check=check, **kwargs)
         try:
             for state in states[:-1]:
-                with swapped_state(model, state), isolated_pass(learn, dl, [cb]): run_pass(learn)
+                with swapped_state(model, state), isolated_pass(learn, dl, [cb], inner=inner): run_pass(learn)
             with swapped_state(model, states[-1]): return go(cb)
         except cancel_exceptions: _cut_short()
         finally: bar.close()
@@ -231,14 +232,19 @@ class Committee:
             raise ValueError(f'this learner has no DataLoader {ds_idx} (1 is for validation): give dl=')
         return learn.dls[ds_idx]
 
-    def _vote(self, learn, dl, go, act=None, last=None, **kwargs):
+    def is_training(self, learn)->bool:
+        "Whether a fit of `learn` is going on"
+        return False
+
+    def _vote(self, learn, dl, go, act=None, last=None, inner=False, **kwargs):
         "`vote` with the last `last` members"
         last = plain_number(last)
         check_count(last, 'last', 'members')
         if (last or 0)>self.n_members: raise ValueError(f'last={last}: there are {self.n_members} members')
         first = self.n_members-(last or self.n_members)
         states = [self.store[k]['state'] for k in range(first, self.n_members)]
-        return vote(learn, states, dl, go, activation(learn.loss_func) if act is None else act, **kwargs)
+        act = activation(learn.loss_func) if act is None else act
+        return vote(learn, states, dl, go, act, inner or self.is_training(learn), **kwargs)
 
     def get_preds(self,
         learn:Learner, # The learner of the fit, or another one with the same architecture
@@ -266,7 +272,7 @@ class Committee:
             act = vote.act if with_loss else noop
             # the learner's own method: `predict` has put this one in its place
             return type(learn).get_preds(learn, dl=dl, act=act, cbs=[vote, *L(cbs)], **kwargs)
-        return self._vote(learn, dl, go, act, last, outputs=with_loss)
+        return self._vote(learn, dl, go, act, last, kwargs.get('inner', False), outputs=with_loss)
 
     def validate(self,
         learn:Learner, # The learner of the fit, or another one with the same architecture

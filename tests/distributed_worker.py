@@ -315,7 +315,7 @@ def all_take_smaller_batches_if_one_has_no_memory():
             return x
     class Late(Callback):
         order = -50                                          # the loaders are still those of a distributed fit
-        def after_fit(self): measure_bn_within_memory(self.learn, trained_layers(self.learn)).install()
+        def after_fit(self): measure_bn_within_memory(self.learn, trained_layers(self.learn), inner=True).install()
     for in_fit in False,True:
         learn = split(model=nn.Sequential(Hungry(), *net()))
         with quiet(learn), ctx(learn), warnings.catch_warnings(record=True) as told:

@@ -118,7 +118,7 @@ def test_beside_a_schedule():
     assert len(set(moms.moms))==1
     fge = FGE(start=.5)
     fitted(fge, 4, method='fit_one_cycle', cbs=[moms])
-    assert len(set(moms.moms[:10]))>5 and len(set(moms.moms[fge._cycles.begin:]))==1
+    assert len(set(moms.moms[:10]))>5 and len(set(moms.moms[fge.fit_state.cycles.begin:]))==1
 
 def test_nothing_else_changes():
     snap = SnapshotEnsemble(3)
@@ -494,7 +494,7 @@ def test_what_is_not_a_fit_is_not_touched(tmp_path):
         learn.validate(); learn.get_preds(); learn.lr_find(num_it=6, show_plot=False)
         assert ens.n_members==0
         fit(learn, 2)
-        assert not ens._active and not ens._armed
+        assert not ens.in_fit and ens._coming is None
         was = ens.members
         learn.validate(); learn.get_preds(); learn.lr_find(num_it=6, show_plot=False); ens.validate(learn); ens.get_preds(learn)
     assert ens.n_members==2 and all(a['0.weight'] is b['0.weight'] for a,b in zip(was, ens.members))
@@ -783,7 +783,7 @@ def test_a_full_disk_does_not_end_the_training(keep_on, tmp_path, monkeypatch, r
 def test_a_disk_that_is_full_for_one_process_is_full_for_all(tmp_path, monkeypatch):
     "The first one writes for all of a distributed fit: where it cannot, none may expect a file"
     ens = SnapshotEnsemble(2, keep_on=tmp_path/'m')
-    monkeypatch.setattr(members, 'by_all', lambda run, shared: (run(None), ['No space left', None]))
+    monkeypatch.setattr(members, 'together', lambda shared: contextlib.nullcontext(SimpleNamespace(gather=lambda why: [why, 'No space left', None])))
     with pytest.warns(UserWarning, match='No space left.*kept in memory'): fitted(ens, 2)
     assert all(isinstance(o, dict) for o in ens.store.kept) and ens.n_members==2
 
@@ -814,7 +814,7 @@ def test_out_of_memory_in_the_refresh(exc, recwarn):
     fit(learn, 4, cbs=[ens,InRefresh(exc, after=5, times=99)])                     # 5 batches for the first of three members
     assert sum('not enough memory' in str(o.message) for o in recwarn)==1
     for k,ref in enumerate((whole,running,running)): assert alike(ens.members[k], ref.members[k])
-    assert not [cb for cb in learn.cbs if isinstance(cb, (Ensemble,InRefresh))] and not ens._active
+    assert not [cb for cb in learn.cbs if isinstance(cb, (Ensemble,InRefresh))] and not ens.in_fit
     fit(learn, 4, start_epoch=4, cbs=ens)
     assert all(alike(a,b) for a,b in zip(ens.members, whole.members))
     with pytest.raises(Exception, match='a mistake'): fit(learner(), 4, cbs=[make(),InRefresh(RuntimeError('a mistake'))])
@@ -892,7 +892,7 @@ def test_layers_that_merge_in_evaluation(keep_on, tmp_path):
 
 # ---- Ctrl-C at any line
 
-HALF_DONE = 'swapped_state put _write write _take _keep _drop drop find _resume_or_reset _finish _measure_bn vote predict save load'.split()      # others read, and change nothing
+HALF_DONE = 'swapped_state put _write take _keep _drop drop resume_or_reset training_ends _measure_bn vote predict save load'.split()      # others read, and change nothing
 
 def interrupted_at(n, f):
     "Run `f`, with Ctrl-C at the n-th line that it executes in functions of the module where something may be half-done; which lines these were"
