@@ -39,7 +39,7 @@ def merge_moments(
     n,d = n_a+n_b,mean_b-mean_a
     return n,mean_a+d*(n_b/n),m2_a+m2_b+d*d*(n_a*n_b/n)
 
-# %% ../nbs/20_batchnorm.ipynb #5a189e4c
+# %% ../nbs/20_batchnorm.ipynb #0cf6b9be
 class Moments:
     "Count, mean and sum of squared deviations of what several layers have seen, per channel, in float64"
     def __init__(self,
@@ -153,7 +153,7 @@ class BNStats:
                 yield self
             finally: own.install()
 
-# %% ../nbs/20_batchnorm.ipynb #4e985864
+# %% ../nbs/20_batchnorm.ipynb #52ff8519
 class _LastLayerSeen(CancelBatchException): "The rest of this forward pass is of no use"
 
 class _LayerHooks:
@@ -238,7 +238,7 @@ def preserve_modes(
     try: yield
     finally: set_modes(modes)
 
-# %% ../nbs/20_batchnorm.ipynb #6c974f1a
+# %% ../nbs/20_batchnorm.ipynb #c5250f5c
 _no_batch = 'the DataLoader gave no batch (fewer items than a batch, and drop_last?)'
 
 class BNMeter:
@@ -324,7 +324,7 @@ def force_eager(model):
     if not (hasattr(torch.compiler,'set_stance') and any(map(is_compiled, model.modules()))): return nullcontext()
     return torch.compiler.set_stance('force_eager')
 
-# %% ../nbs/20_batchnorm.ipynb #25ac36c0
+# %% ../nbs/20_batchnorm.ipynb #f5cfe276
 def check_dl(
     dl, # What was given for a loader
     call:str, # What was typed, with {} in the place of the loader
@@ -352,7 +352,7 @@ def _is_shared(model, dl, sync):
                   'update_bn(..., sync=True) in all of them; sync=False does without this warning')
     return shared
 
-# %% ../nbs/20_batchnorm.ipynb #6dde8955
+# %% ../nbs/20_batchnorm.ipynb #8c045057
 def _bar(dl, n_batches, show):
     "A progress bar for `n_batches` of `dl`, none for a loader that has no end in sight"
     known = [o for o in (dl_len(dl), n_batches) if o is not None]
