@@ -15,20 +15,21 @@ if __name__=='__main__' and globals().get('__spec__'):      # `python -m fastswa
 
 # %% ../nbs/60_demo.ipynb #39c32575
 import warnings
-warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning)   # importing fastai causes it, and the user can do nothing about it
+# importing fastai causes it, and the user can do nothing about it
+warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning)
 
 # %% ../nbs/60_demo.ipynb #0c678021
-import argparse, shutil, sys, textwrap
+import argparse, sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-import fastai.callback.progress   # adds `no_bar` to Learner
+import fastai.callback.progress   # noqa: F401 (adds `no_bar` to Learner)
 from torch import nn
 from torch.utils.data import TensorDataset
 from sklearn.datasets import load_digits
@@ -48,9 +49,11 @@ from fastai.torch_core import set_seed
 
 from . import __version__
 from .callback import SWA
+from .commands import CommandParser, screen_width, whole_number, wrap_text
 from .ensemble import FGE, Ensemble, SnapshotEnsemble
 from .landscape import Plane, plane
 from .schedule import sched_authors
+from .utils import mean_sd, text_table
 
 # %% ../nbs/60_demo.ipynb #aadbce7d
 def wrong_labels(
@@ -82,9 +85,11 @@ def random_shift(
 )->tuple: # The same with each picture moved by -1, 0 or 1 pixels in both directions
     "The augmentation of the training pictures"
     x,y = b
-    n,_,h,w = x.shape
-    i,j = torch.randint(0, 3, (2,n,1,1))
-    return F.pad(x, (1,)*4)[torch.arange(n)[:,None,None], 0, i+torch.arange(h)[:,None], j+torch.arange(w)][:,None],y
+    n,size = len(x),x.shape[2:]
+    down,right = torch.randint(0, 3, (2,n,1,1))
+    rows,cols = down+torch.arange(size[0])[:,None],right+torch.arange(size[1])
+    padded = F.pad(x, (1,)*4)
+    return padded[torch.arange(n)[:,None,None], 0, rows, cols][:,None],y
 
 def demo_dls(
     seed:int, # Decides the split, the wrong labels and the order of the batches
@@ -95,21 +100,25 @@ def demo_dls(
     x,y = torch.tensor(d.images/16, dtype=torch.float32)[:,None],torch.tensor(d.target)
     train,test = TensorDataset(x[train], wrong_labels(y[train], seed)),TensorDataset(x[test], y[test])
     set_seed(seed)
-    return DataLoaders(TensorLoader(train, bs=bs, shuffle=True, after_batch=random_shift), TensorLoader(test, bs=len(test)),
-                       TensorLoader(train, bs=len(train)), device=torch.device('cpu'))   # never a GPU: the same numbers wherever it runs
+    loaders = [TensorLoader(train, bs=bs, shuffle=True, after_batch=random_shift),
+               TensorLoader(test, bs=len(test)), TensorLoader(train, bs=len(train))]
+    return DataLoaders(*loaders, device=torch.device('cpu'))   # never a GPU: the same numbers wherever it runs
 
 # %% ../nbs/60_demo.ipynb #c5c1bd6f
 def demo_model()->nn.Module: # About 6000 weights
     "A small CNN with BatchNorm"
-    return nn.Sequential(ConvLayer(1,8), ConvLayer(8,16,stride=2), ConvLayer(16,32,stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,10))
+    convs = ConvLayer(1,8), ConvLayer(8,16,stride=2), ConvLayer(16,32,stride=2)
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,10))
 
 def demo_learner(
     seed:int, # Decides data, order and first weights
     lr:float=.2, # Highest learning rate
 )->Learner: # Not yet trained
-    "What both methods begin with; for training and validating, as its tensors have no transforms that `predict` and `export` could use"
-    return Learner(demo_dls(seed), demo_model(), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=.9, wd=5e-4, decouple_wd=False),
-                   lr=lr, metrics=accuracy)
+    """What both methods begin with.
+
+    For training and validating: its tensors have no transforms that `predict` and `export` could use."""
+    sgd = partial(SGD, mom=.9, wd=5e-4, decouple_wd=False)
+    return Learner(demo_dls(seed), demo_model(), CrossEntropyLossFlat(), sgd, lr=lr, metrics=accuracy)
 
 # %% ../nbs/60_demo.ipynb #7550b9ea
 @dataclass
@@ -145,10 +154,13 @@ def fit_run(
     "One fit, and what the table and the picture need of it"
     with learn.no_bar(),learn.no_logging(): learn.fit(epochs, cbs=[cb, *L(walk), *L(bar)])
     rec = learn.recorder
-    lrs,cols = tuple(rec.lrs),dict(zip(rec.metric_names[1:], zip(*rec.values)))   # now: measuring the model empties the recorder
+    lrs,cols = tuple(rec.lrs),dict(zip(rec.metric_names[1:], zip(*rec.values)))   # measuring the model empties it
     ens = cb if isinstance(cb, Ensemble) else None
-    return Run(method, demo_scores(learn, ens), learn, ens.n_members if ens else 1, walk, lrs, cols['accuracy'], cols.get('swa_accuracy', ()), tuple(getattr(cb, 'collected', ())))
+    accs = dict(acc=cols['accuracy'], swa_acc=cols.get('swa_accuracy', ()))
+    return Run(method, demo_scores(learn, ens), learn, cost=ens.n_members if ens else 1, walk=walk, lrs=lrs, **accs,
+               collected=tuple(getattr(cb, 'collected', ())))
 
+# %% ../nbs/60_demo.ipynb #21b2fb75
 def last_weights(
     run:Run, # Of `SWA`, with its walk
     seed:int, # What it was made with
@@ -173,82 +185,112 @@ def run_seed(
             fit_run('FGE', demo_learner(seed, lr), epochs, FGE(), bar)]
 
 # %% ../nbs/60_demo.ipynb #1994860f
-_columns = dict(accuracy=('test accuracy, %',100,2), test_loss=('test loss',1,3), train_loss=('training loss',1,3))   # heading, unit, decimals
+_columns = dict(accuracy=('test accuracy, %',100,2), test_loss=('test loss',1,3),
+                train_loss=('training loss',1,3))   # heading, unit, decimals
 
 def _by_method(runs):
     "Runs of each method, in the order of their first appearance"
     return {m:[o for o in runs if o.method==m] for m in dict.fromkeys(o.method for o in runs)}
-
-def _layout(
-    rows, # Lists of text: the headings, then a row each
-    width=None, # Columns of the screen. None: any number
-): # Text
-    "Rows as a table or, where the screen is too narrow for it, one value a line"
-    heads,*rows = rows
-    widths = [max(map(len, col)) for col in zip(heads, *rows)]
-    if width is None or sum(widths)+3*(len(widths)-1)<=width:
-        return '\n'.join('   '.join([row[0].ljust(widths[0]), *(o.rjust(w) for o,w in zip(row[1:],widths[1:]))]) for row in (heads,*rows))
-    wide = max(map(len, heads))
-    return '\n'.join(line for name,*vals in rows for line in [name, *(f'  {h.ljust(wide)}  {v}' for h,v in zip(heads[1:],vals))])
 
 def table(
     runs:list, # `Run`s of any methods and seeds
     width:int=None, # Columns of the screen: a table that is wider becomes one value a line. None: any number
 )->str: # Lines of text
     "One row per method: mean and, with several seeds, ± standard deviation"
-    def cell(vals, unit, dec):
-        vals = [o*unit for o in vals]
-        return f'{mean(vals):.{dec}f}'+(f' ± {stdev(vals):.{dec}f}' if len(vals)>1 else '')
-    rows = [['', *(h for h,*_ in _columns.values()), 'forward passes']]
-    for m,rs in _by_method(runs).items():
-        rows.append([m, *(cell([o.scores[k] for o in rs], u, d) for k,(_,u,d) in _columns.items()), str(rs[0].cost)])
-    return _layout(rows, width)
+    rows = [['', *(head for head,*_ in _columns.values()), 'forward passes']]
+    for method,rs in _by_method(runs).items():
+        cells = [mean_sd([o.scores[k]*unit for o in rs], dec) for k,(_,unit,dec) in _columns.items()]
+        rows.append([method, *cells, str(rs[0].cost)])
+    return text_table(rows, width)
 
 # %% ../nbs/60_demo.ipynb #687f755b
-def _fill(s, width=96): return textwrap.fill(s, width, break_long_words=False, break_on_hyphens=False)
-
 def _judge(runs, key, sign, other='SGD'):
     "Whether SWA is better than another method in one column (None: neither), and in words"
-    name,unit,dec = _columns[key]
-    a,b = ([o.scores[key]*unit for o in _by_method(runs)[m]] for m in ('SWA',other))
-    x,y = (f'{mean(o):.{dec}f}' for o in (a,b))
-    won = None if x==y else (mean(a)-mean(b))*sign>0
-    n = sum((i-j)*sign>0 for i,j in zip(a,b))
+    head,unit,dec = _columns[key]
+    swa,theirs = ([o.scores[key]*unit for o in _by_method(runs)[m]] for m in ('SWA',other))
+    x,y = (f'{mean(o):.{dec}f}' for o in (swa,theirs))
+    won = None if x==y else (mean(swa)-mean(theirs))*sign>0
     what = 'a tie' if won is None else 'SWA won' if won else 'SWA did not win here'
-    return won,f'{name.split(",")[0].capitalize()}: {what}, {x} against {y}' + (f'; better on {n} of {len(a)} seeds.' if len(a)>1 else '.')
+    better = sum((a-b)*sign>0 for a,b in zip(swa,theirs))
+    seeds = f'; better on {better} of {len(swa)} seeds.' if len(swa)>1 else '.'
+    return won,f'{head.split(",")[0].capitalize()}: {what}, {x} against {y}{seeds}'
 
 def _both(runs, other): return [_judge(runs, key, sign, other) for key,sign in (('accuracy',1),('test_loss',-1))]
+
+# %% ../nbs/60_demo.ipynb #1d39cd54
+def _ensembles(by): return [m for m in by if m not in ('SGD','SWA','last weights')]
+
+def _on_training(by):
+    "The training losses, and what the ensembles reach at their price"
+    x,y = (f'{mean(o.scores["train_loss"] for o in by[m]):.3f}' for m in ('SWA','SGD'))
+    said = [f'Training loss: SWA has {x}, SGD {y}.']
+    if float(x)>float(y): said.append('The average fits the training labels, wrong ones included, less closely.')
+    acc = lambda m: f'{100*mean(o.scores["accuracy"] for o in by[m]):.2f}'
+    others = ', '.join(f'{m} {acc(m)} for {by[m][0].cost}' for m in _ensembles(by))
+    if others: said.append(f'Test accuracy for forward passes per prediction: SWA {acc("SWA")} for 1, {others}.')
+    return ' '.join(said)
+
+def _notes(by, won):
+    "Where a gain comes from, and what such numbers cannot say"
+    res = [('Part of the gain is' if won else 'Where SWA does gain, part of it is') +
+           ' protection from over-training: the longer SGD trains, the more of the wrong labels it learns, the average '
+           'less so. With the best number of epochs for each, half a point to a point of accuracy remained in our '
+           'experiments. The 20% of wrong labels are what makes the effect visible: with clean ones it was 0 to 0.3 '
+           'points.']
+    few = len(by['SWA'][0].collected)
+    if 0<few<8:
+        res.append(f'Only {few} snapshots were averaged; fewer than 8 can lose to SGD, more epochs give more.')
+    if _ensembles(by):
+        res.append('An ensemble of networks that have learned from wrong labels can be right more often and have the '
+                   'higher loss: each member is unsure, and the mean of their answers is less sure still.')
+    if len(by['SWA'])<3: res.append('Single seeds differ by as much as the methods do: --seeds gives more of them.')
+    return res
 
 def verdict(
     runs:list, # `Run`s of SGD and SWA on the same seeds, and perhaps of others
     width:int=96, # Columns of the screen
 )->str: # Lines of text
     "What the numbers say about SWA against SGD, and what they don't"
-    judged,by = _both(runs, 'SGD'),_by_method(runs)
-    sgd,swa = by['SGD'],by['SWA']
-    own = ['Against the last weights of its own training, with statistics measured like its own, which is what averaging itself did:',
-           *(o for _,o in _both(runs, 'last weights')), ''] if 'last weights' in by else []
-    x,y = (f'{mean(o.scores["train_loss"] for o in rs):.3f}' for rs in (swa,sgd))
-    train = f'Training loss: SWA has {x}, SGD {y}.' + (' The average fits the training labels, wrong ones included, less closely.' if float(x)>float(y) else '')
-    acc = lambda m: f'{100*mean(o.scores["accuracy"] for o in by[m]):.2f}'
-    others = [f'{m} {acc(m)} for {by[m][0].cost}' for m in by if m not in ('SGD','SWA','last weights')]
-    if others: train += f' Test accuracy for forward passes per prediction: SWA {acc("SWA")} for 1, {", ".join(others)}.'
-    notes = [('Part of the gain is' if any(won for won,_ in judged) else 'Where SWA does gain, part of it is') +
-             ' protection from over-training: the longer SGD trains, the more of the wrong labels it learns, the average less so. With the best number of epochs '
-             'for each, half a point to a point of accuracy remained in our experiments. The 20% of wrong labels are what makes the effect visible: with clean ones '
-             'it was 0 to 0.3 points.']
-    few = len(swa[0].collected)
-    if 0<few<8: notes.append(f'Only {few} snapshots were averaged; fewer than 8 can lose to SGD, more epochs give more.')
-    if others: notes.append('An ensemble of networks that have learned from wrong labels can be right more often and have the higher loss: each member is unsure, and the mean of their answers is less sure still.')
-    if len(swa)<3: notes.append('Single seeds differ by as much as the methods do: --seeds gives more of them.')
-    return '\n'.join(_fill(o, width) for o in ['Against SGD:', *(o for _,o in judged), train, '', *own, *notes])
+    by,judged,own = _by_method(runs),_both(runs, 'SGD'),[]
+    if 'last weights' in by:
+        own = ['Against the last weights of its own training, with statistics measured like its own, which is what '
+               'averaging itself did:', *(said for _,said in _both(runs, 'last weights')), '']
+    lines = ['Against SGD:', *(said for _,said in judged), _on_training(by), '', *own]
+    lines += _notes(by, any(won for won,_ in judged))
+    return '\n'.join(wrap_text(o, width) for o in lines)
 
 # %% ../nbs/60_demo.ipynb #762a70f4
+_sgd_kw = dict(ls='--', color='0.15', lw=1.5)      # the three are told apart in grey too
+_w_kw,_avg_kw = dict(color='C0', lw=1),dict(color='C3', lw=3)
+
 def _style(ax, **kw):
     ax.set(xlabel='epoch', **kw)
-    ax.legend(frameon=False, loc='lower center', bbox_to_anchor=(.5,1), ncols=3, fontsize=9, columnspacing=1, handlelength=1.5)   # above, where no curve is
+    ax.legend(frameon=False, loc='lower center', bbox_to_anchor=(.5,1), ncols=3, fontsize=9, columnspacing=1,
+              handlelength=1.5)   # above, where no curve is
     for s in ('top','right'): ax.spines[s].set_visible(False)
 
+def _plot_rates(ax, sgd, swa):
+    "Learning rates of two runs, and where weights were collected"
+    n_epoch,at,lrs = len(swa.acc),np.array(swa.collected),np.array(swa.lrs)
+    x = np.arange(1, len(lrs)+1)/(len(lrs)//n_epoch)
+    ax.plot(x, lrs, label='SWA', **_w_kw)
+    ax.plot(x, sgd.lrs, label='SGD', **_sgd_kw)
+    dots = dict(ms=4.5, color='C3', clip_on=False, zorder=3)
+    ax.plot(x[at-1], lrs[at-1], 'o', label=f'weights collected ({len(at)})', **dots)
+    _style(ax, ylabel='learning rate', xlim=(0,n_epoch), ylim=(0, 1.1*lrs.max()))
+
+def _plot_accuracy(ax, sgd, swa):
+    "Test accuracy after each epoch, in the mean over seeds"
+    n_epoch,seen = len(swa[0].acc),[]
+    for runs,name,label,kw in [(swa, 'acc', 'W, as trained by SWA', _w_kw), (sgd, 'acc', 'SGD', _sgd_kw),
+                               (swa, 'swa_acc', '$W_{SWA}$, the average', _avg_kw)]:
+        y = 100*np.mean([getattr(o,name) for o in runs], axis=0)
+        ax.plot(np.arange(1, n_epoch+1), y, label=label, **kw)
+        seen += [*y[n_epoch//2:]]   # the steep beginning would leave no room for the rest
+    of = f' (mean of {len(swa)} seeds)' if len(swa)>1 else ''
+    _style(ax, ylabel=f'test accuracy, %{of}', xlim=(0,n_epoch), ylim=(np.nanmin(seen)-1, np.nanmax(seen)+1))
+
+# %% ../nbs/60_demo.ipynb #b1d94c51
 def walk_plane(
     run:Run, # With a walk of three places or more
     n:int=15, # Places along the longer side of the picture
@@ -256,30 +298,20 @@ def walk_plane(
     "The loss around the weights that were averaged"
     ws = run.walk.members
     gap = min(5, (len(ws)-1)//2)
-    with run.learn.no_bar(): return plane(run.learn, {f'$W_{i+1}$':ws[-1-(2-i)*gap] for i in range(3)}, n, metric=False)
+    places = {f'$W_{i+1}$':ws[-1-(2-i)*gap] for i in range(3)}
+    with run.learn.no_bar(): return plane(run.learn, places, n, metric=False)
 
 def plot(
     runs:list, # `Run`s of SGD and SWA, any number of seeds: accuracies are averaged over them; and perhaps of others
     file=None, # Where to write a PNG
-):
-    "Learning rates and collection points; test accuracy of SGD, of W and of the average W_SWA, after each epoch; the loss around the first seed's walk, where there is one"
+): # matplotlib figure
+    """Learning rates and collection points; test accuracy of SGD, of W and of the average W_SWA, after each epoch; the
+    loss around the first seed's walk, where there is one."""
     sgd,swa = (_by_method(runs)[m] for m in ('SGD','SWA'))
-    n_epoch,at = len(swa[0].acc),np.array(swa[0].collected)
-    lrs,n_iter = np.array(swa[0].lrs),len(swa[0].lrs)//n_epoch
     walked = swa[0].walk is not None and swa[0].walk.n_members>2
     fig,(ax1,ax2,*ax3) = plt.subplots(1, 2+walked, figsize=(10+4.2*walked,3.6), layout='constrained')
-    sgd_kw,w_kw,avg_kw = dict(ls='--', color='0.15', lw=1.5),dict(color='C0', lw=1),dict(color='C3', lw=3)   # told apart in grey too
-    x = np.arange(1, len(lrs)+1)/n_iter
-    ax1.plot(x, lrs, label='SWA', **w_kw)
-    ax1.plot(x, sgd[0].lrs, label='SGD', **sgd_kw)
-    ax1.plot(x[at-1], lrs[at-1], 'o', ms=4.5, color='C3', label=f'weights collected ({len(at)})', clip_on=False, zorder=3)
-    _style(ax1, ylabel='learning rate', xlim=(0,n_epoch), ylim=(0, 1.1*lrs.max()))
-    x,seen = np.arange(1, n_epoch+1),[]
-    for rs,name,label,kw in ((swa,'acc','W, as trained by SWA',w_kw), (sgd,'acc','SGD',sgd_kw), (swa,'swa_acc','$W_{SWA}$, the average',avg_kw)):
-        y = 100*np.mean([getattr(o,name) for o in rs], axis=0)
-        ax2.plot(x, y, label=label, **kw)
-        seen += [*y[n_epoch//2:]]   # the steep beginning would leave no room for the rest
-    _style(ax2, ylabel='test accuracy, %'+(f' (mean of {len(swa)} seeds)' if len(swa)>1 else ''), xlim=(0,n_epoch), ylim=(np.nanmin(seen)-1, np.nanmax(seen)+1))
+    _plot_rates(ax1, sgd[0], swa[0])
+    _plot_accuracy(ax2, sgd, swa)
     if walked:
         walk_plane(swa[0]).plot('validation loss', axs=ax3)
         ax3[0].set_title('test loss, first seed' if len(swa)>1 else 'test loss')
@@ -299,18 +331,6 @@ class ConsoleBar(Callback):
         self.pbar.update(self.done)
 
 # %% ../nbs/60_demo.ipynb #f5dce9c7
-class _Parser(argparse.ArgumentParser):
-    def error(self, message): self.exit(2, f'{self.prog}: {message}\n')   # one line, without the usage
-
-def _whole(least, why=''):
-    "argparse type: a whole number, not too small"
-    def _inner(s):
-        try: n = int(s)
-        except ValueError: raise argparse.ArgumentTypeError(f'{s!r} is not a whole number')
-        if n<least: raise argparse.ArgumentTypeError(f'give {least} or more, not {n}{why}')
-        return n
-    return _inner
-
 def _png(s):
     "argparse type: a file that can be written, found out before a minute of training"
     p = Path(s)
@@ -323,29 +343,35 @@ def _png(s):
     return p
 
 def _parser():
-    p = _Parser(prog='fastswa_demo', description='Train a small network on bundled digits, 20% of the training labels wrong on purpose, with SGD, with SWA and with two ensembles; compare them in a table and a picture. About a minute with the defaults.')
-    p.add_argument('--seeds', type=_whole(1), default=2, metavar='N', help='repetitions, each with another split, other wrong labels and first weights (default 2)')
-    p.add_argument('--epochs', type=_whole(8, ': averaging begins at 75%, and two epochs of it are needed'), default=60, metavar='N', help='epochs of each training, at least 8 (default 60)')
-    p.add_argument('--out', type=_png, default='fastswa_demo.png', metavar='FILE', help='where to write the picture, a .png (default fastswa_demo.png)')
+    about = ('Train a small network on bundled digits, 20% of the training labels wrong on purpose, with SGD, with SWA '
+             'and with two ensembles; compare them in a table and a picture. About a minute with the defaults.')
+    p = CommandParser(prog='fastswa_demo', description=about)
+    p.add_argument('--seeds', type=whole_number(1), default=2, metavar='N',
+                   help='repetitions, each with another split, other wrong labels and first weights (default 2)')
+    p.add_argument('--epochs', default=60, metavar='N', help='epochs of each training, at least 8 (default 60)',
+                   type=whole_number(8, ': averaging begins at 75%, and two epochs of it are needed'))
+    p.add_argument('--out', type=_png, default='fastswa_demo.png', metavar='FILE',
+                   help='where to write the picture, a .png (default fastswa_demo.png)')
     p.add_argument('--version', action='version', version=f'fastswa {__version__}')
     return p
 
-def _screen(): return min(max(shutil.get_terminal_size((96,24)).columns, 20), 96)    # beyond 96 lines are hard to read; a file has 96
-
+# %% ../nbs/60_demo.ipynb #8738a0f8
 def demo(
     seeds:int=2, # Repetitions with other data, labels and first weights
     epochs:int=60, # Epochs of each training
     out='fastswa_demo.png', # Where to write the picture
 )->list: # `Run`s
     "Train, print, draw"
-    width = _screen()
-    print(_fill('Digits: 500 training pictures, 1297 test pictures. 20% of the training labels are replaced by a wrong one, on purpose, by this demo. '
-                f'SGD, SWA and two ensembles, {epochs} epochs each, {seeds} seed{"s"*(seeds>1)}.', width), '', sep='\n', flush=True)
+    width = screen_width()
+    print(wrap_text('Digits: 500 training pictures, 1297 test pictures. 20% of the training labels are replaced by a '
+                    f'wrong one, on purpose, by this demo. SGD, SWA and two ensembles, {epochs} epochs each, '
+                    f'{seeds} seed{"s"*(seeds>1)}.', width), '', sep='\n', flush=True)
     bar = ConsoleBar(4*seeds*epochs) if sys.stdout.isatty() else None
     runs = sum((run_seed(i, epochs, bar=bar) for i in range(seeds)), [])
-    notes = ('± is the standard deviation over the seeds. '*(seeds>1) + 'Last weights: those that SWA ended with, not averaged. Training loss: pictures not '
-             'shifted, labels as trained on, evaluation mode. Forward passes: for one prediction.')
-    print(table(runs, width), '', _fill(notes, width), '', verdict(runs, width), sep='\n')
+    notes = ('Last weights: those that SWA ended with, not averaged. Training loss: pictures not shifted, labels as '
+             'trained on, evaluation mode. Forward passes: for one prediction.')
+    if seeds>1: notes = f'± is the standard deviation over the seeds. {notes}'
+    print(table(runs, width), '', wrap_text(notes, width), '', verdict(runs, width), sep='\n')
     plot(runs, out)
     print(f'\nPicture: {out}')
     return runs
