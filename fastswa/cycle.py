@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/28_cycle.ipynb #c25a89f8
+# %% ../nbs/28_cycle.ipynb #88e5df72
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from .params import unwrap
 from .schedule import Cycles, draw_sched, fit_positions
 from .utils import uninterrupted, warn_user
 
-# %% ../nbs/28_cycle.ipynb #963c4a00
+# %% ../nbs/28_cycle.ipynb #1cca1fc8
 @dataclass
 class FitState:
     "What a callback knows of one fit"
@@ -87,7 +87,7 @@ class FitState:
         self.held_moms = None if moms is None else list(moms)
         self.done,self.steps,self.taken_at = saved['done'],saved.get('steps', 0),saved.get('taken_at', 0)
 
-# %% ../nbs/28_cycle.ipynb #77be6931
+# %% ../nbs/28_cycle.ipynb #2d9ea197
 def get_sched(
     learn:Learner, # In a fit
     name:str, # Of a hyper-parameter, such as 'lr'
@@ -120,7 +120,7 @@ def start_epoch(learn):
     "The epoch that this fit goes on from, its `start_epoch`"
     return max([cb._skip_to for cb in learn._grab_cbs(SkipToEpoch)], default=0)
 
-# %% ../nbs/28_cycle.ipynb #605e3bbc
+# %% ../nbs/28_cycle.ipynb #491b45f4
 class FineTunePhase(Callback):
     "Tells the callbacks of a `fine_tune` whether its body is frozen"
     def __init__(self): self.frozen = True
@@ -136,7 +136,7 @@ _fine_tune = Learner.fine_tune
 def fine_tune(self:Learner, *args, cbs=None, **kwargs):
     return _fine_tune(self, *args, cbs=[FineTunePhase(), *L(cbs)], **kwargs)
 
-# %% ../nbs/28_cycle.ipynb #fd8082eb
+# %% ../nbs/28_cycle.ipynb #5da86b72
 def stands_for_export(cb):
     "What pickle makes of a callback of a learner that `export` has emptied; None for any other"
     dls = getattr(cb.learn, 'dls', None)
@@ -197,13 +197,13 @@ class CallbackWithHelpers(Callback):
             raise ValueError(f'this {type(self).__name__} is attached to the learner already, or passed twice: '
                              'do not pass it to fit as well')
 
-# %% ../nbs/28_cycle.ipynb #aca2104a
+# %% ../nbs/28_cycle.ipynb #7613a0a4
 class CycleHooks(CallbackWithHelpers):
-    "The state of a fit, and what a subclass of `CycleCallback` may fill in: each hook does here what it does by default"
+    "The state of a fit, and what a subclass of `CycleCallback` may fill in; hooks do here what they do by default"
     _stateattrs = 'fit_state','_coming','collected','paused'
     # defaults, as a missing attribute would be looked up in the learner and then in the model
-    fit_state,_coming = None,None       # of the fit that is going on, or was the last; of one that may be about to begin
-    collected,paused = (),()            # iterations at which weights were taken; trackers that wait
+    fit_state,_coming = None,None       # of the fit going on, or the last one; of one that may be about to begin
+    collected,paused = [],()            # iterations of weights taken (a fit makes its own list); trackers that wait
     start = None                        # when a subclass begins, where it was told
 
     def __init__(self): self._helpers,self.collected = (TrainingEnds(self),LastOfAll(self)),[]
@@ -225,7 +225,7 @@ class CycleHooks(CallbackWithHelpers):
     def plot_sched(self,
         ax=None, # matplotlib axes; None: a new figure
     ):
-        "Draw the learning rate of the last fit, a dot wherever weights were collected. Raises RuntimeError before a fit"
+        "Draw the learning rate of the last fit, a dot where weights were collected. Raises RuntimeError before a fit"
         state = self.fit_state
         if state is None or not state.lrs: raise RuntimeError(f'nothing to draw before a fit{self.draw_hint()}')
         ends = [o for o in self.collected if o>state.first_iter]
@@ -240,7 +240,7 @@ class CycleHooks(CallbackWithHelpers):
         return False
 
     def plan(self, n_epoch, n_iter)->Cycles:
-        "When weights are taken in a fit of so many epochs and iterations in each. ValueError where that is not possible"
+        "When weights are taken in a fit of so many epochs and iterations in each. ValueError where that cannot be"
         raise NotImplementedError(f'{type(self).__name__} has no plan(n_epoch, n_iter)')
 
     def check_rates(self, n_groups): "ValueError for learning rates that do not suit so many parameter groups"
@@ -268,18 +268,24 @@ class CycleHooks(CallbackWithHelpers):
         "What to type for a picture where there was no fit yet"
         return ''
 
+    def scheduled_lrs(self)->np.ndarray: # (51, groups or 1); None where no schedule is known
+        "Learning rate of each group at 51 places of the fit, as its own schedule has it"
+        sched = get_sched(self.learn, 'lr')
+        if sched is None: return None
+        return np.array([np.atleast_1d(sched(p)) for p in np.linspace(0, 1, 51)], dtype=float)
+
     def drawn_cycles(self)->Cycles:
         "Where a picture of the rate has no line: across the end of a cycle, where the rate jumps"
         return self.fit_state.cycles
 
-    def any_begins(self, frozen): "Also before what is not a fit; `frozen`: whether it is the frozen part of a `fine_tune`"
+    def any_begins(self, frozen): "Also before what is no fit; `frozen`: whether it is the frozen part of a `fine_tune`"
     def fit_begins(self, frozen): "Before a fit, which may still turn out to be a `tta`"
     def training_begins(self): "The plan is made, training is about to begin"
     def save_progress(self): "An epoch has ended, and so has everything else at its end"
     def training_ends(self): "The fit is over, and nothing of it is dismantled yet"
     def last_of_all(self): "After everything else at the end of the fit"
 
-# %% ../nbs/28_cycle.ipynb #e736fb4b
+# %% ../nbs/28_cycle.ipynb #804b4918
 def find_lr_leader(cb):
     "Whose learning rates the fit of `cb` has: None if its own, or nobody's. ValueError where two would set them"
     all_ = [o for o in cb.learn.cbs if isinstance(o, CycleCallback)]
@@ -324,7 +330,7 @@ def pause_trackers(cb, pause):
     cb.paused = [o for o in cb.learn._grab_cbs(TrackerCallback) if o.run] if pause else []
     for o in cb.paused: o.run = False
 
-# %% ../nbs/28_cycle.ipynb #8912644d
+# %% ../nbs/28_cycle.ipynb #482c39e7
 class CycleCallback(CycleHooks):
     "Goes through the iterations of a fit, sets the learning rate in its cycles, and takes the weights where one ends"
     # after the Recorder has written its columns, before anything reads or prints them

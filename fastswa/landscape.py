@@ -6,11 +6,12 @@
 __all__ = ['Plane', 'plot_plane', 'Ray', 'plot_ray', 'Width', 'plot_width']
 
 # %% ../nbs/50_landscape.ipynb #532a7aaa
-import os, warnings
+import inspect, os, warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from numbers import Integral, Real
+from functools import partial
+from itertools import count
 from pathlib import Path
 from textwrap import fill
 
@@ -20,21 +21,18 @@ import torch
 from matplotlib.colors import BoundaryNorm
 from matplotlib.patheffects import withStroke
 from torch import nn
-from fastcore.meta import delegates
-from fastai.callback.core import CancelValidException
 from fastai.callback.rnn import ModelResetter
-from fastai.learner import AvgLoss, Learner, ValueMetric, load_model
+from fastai.learner import AvgLoss, Learner, load_model
 from fastai.torch_core import apply, find_bs, num_distrib
 
-from .average import WeightAverage, all_finite
-from .batchnorm import BNStats
-from .callback import SWA
-from .learner import ScoreMeter, cancel_exceptions, copy_metric, isolated_pass, measure_bn, trained_layers
-from .params import as_real, named_params, preserve_buffers, unwrap, wide_dtype
-from .utils import LateBar, uninterrupted
+from .average import all_finite
+from .learner import ScoreMeter, copy_metric, isolated_pass, measure_bn, model_metrics, pass_bar
+from .learner import run_pass, trained_layers
+from .params import as_real, as_trained, movers, named_params, swap_params, unwrap, wide_dtype
+from .utils import check_count, check_number, is_int, text_table, uninterrupted
 
 # %% ../nbs/50_landscape.ipynb #99d29cac
-class _Catch:
+class _StateReader:
     "Stands in for a model, so that fastai itself reads the file"
     def load_state_dict(self, state, strict): self.state = state
 
@@ -43,9 +41,9 @@ def _read(learn, file):
     paths = [Path(file), learn.path/learn.model_dir/f'{file}.pth']
     found = [o for o in paths if o.is_file()]
     if not found: raise ValueError(f'no such file: neither {paths[0]} nor {paths[1]}')
-    res = _Catch()
-    load_model(found[0], res, None, with_opt=False)
-    return res.state
+    reader = _StateReader()
+    load_model(found[0], reader, None, with_opt=False)
+    return reader.state
 
 def _named(learn, w, name):
     "Name and tensor of all weights in `w`; a mapping may hold more than parameters"
@@ -53,39 +51,52 @@ def _named(learn, w, name):
     if isinstance(w, (str,os.PathLike)): w = _read(learn, w)
     if isinstance(w, Learner): w = w.model
     if isinstance(w, nn.Module): return named_params(w)
-    if isinstance(w, (SWA,WeightAverage)): w = w.state_dict()
+    kind = type(w).__name__
+    if hasattr(w, 'state_dict'): w = w.state_dict()       # an average, or a callback that has one
     if isinstance(w, Mapping):
         if w.get('n', 1)==0: raise ValueError(f'{name}: nothing has been averaged yet')
         for k in ('model','average'):
             if isinstance(w.get(k), Mapping): w = w[k]
     if not isinstance(w, Mapping) or not all(isinstance(o, torch.Tensor) for o in w.values()):
-        raise TypeError(f"{name}: a set of weights is a model, a Learner, a state_dict, a WeightAverage, an SWA callback, a file that learn.save wrote, "
-                        f"or None for the learner's own weights, not {type(w).__name__}")
+        raise TypeError(f'{name}: a set of weights is a model, a Learner, a state_dict, a WeightAverage, an SWA '
+                        f"callback, a file that learn.save wrote, or None for the learner's own weights, not {kind}")
     return w
+
+# %% ../nbs/50_landscape.ipynb #3dd18e93
+def _check_architecture(model, w, name):
+    "ValueError for named weights `w`, called `name`, that are not those of such a model"
+    own = named_params(model)
+    missing,more = [k for k in own if k not in w],set(w)-set(own)-set(model.state_dict())
+    if missing or more:
+        first = f'it has no {missing[0]}' if missing else f'the model has no {min(more)}'
+        raise ValueError(f"{name} is of another architecture than the learner's model: {first} "
+                         f'({len(missing)} of {len(own)} parameters are missing, {len(more)} are unknown)')
+    bad = next((k for k,p in own.items() if w[k].shape!=p.shape), None)
+    if bad is not None:
+        raise ValueError(f"{name}: {bad} has the shape {tuple(w[bad].shape)}, "
+                         f"the learner's model has {tuple(own[bad].shape)}")
 
 @torch.no_grad()
 def _weights(learn, w, name):
     "The set of weights `w`, called `name`, as copies in float32 or better, in the order of the model's parameters"
     model,w = unwrap(learn.model),_named(learn, w, name)
-    own = named_params(model)
-    missing,more = [k for k in own if k not in w],set(w)-set(own)-set(model.state_dict())
-    if missing or more:
-        raise ValueError(f"{name} is of another architecture than the learner's model: " + (f'it has no {missing[0]}' if missing else f'the model has no {min(more)}') +
-                         f' ({len(missing)} of {len(own)} parameters are missing, {len(more)} are unknown)')
-    bad = [k for k,p in own.items() if w[k].shape!=p.shape]
-    if bad: raise ValueError(f"{name}: {bad[0]} has the shape {tuple(w[bad[0]].shape)}, the learner's model has {tuple(own[bad[0]].shape)}")
-    res = [w[k].detach().to(p.device, wide_dtype(p.dtype), copy=True) for k,p in own.items()]
+    _check_architecture(model, w, name)
+    res = [w[k].detach().to(p.device, wide_dtype(p.dtype), copy=True) for k,p in named_params(model).items()]
     if not all_finite(res): raise ValueError(f'{name} has weights that are not finite (a training that diverged?)')
     return res
 
 # %% ../nbs/50_landscape.ipynb #4a1d4b3c
-class _Kept(list):
+def _clone(o): return o.clone() if isinstance(o, torch.Tensor) else o
+
+class _Batches(list):
     "Batches kept in memory. Each pass gets copies: a model that works in place on its input would spoil them"
-    def __iter__(self): return (apply(lambda o: o.clone() if isinstance(o, torch.Tensor) else o, b) for b in super().__iter__())
+    def __iter__(self): return (apply(_clone, b) for b in super().__iter__())
 
 def _keep(dl, n, spread, check=lambda: None):
-    "Whole batches of `dl` with `n` items or a few more, None for all: the first ones, or some spread evenly. `check` is called before each"
-    res,total,k = _Kept(),len(dl),len(dl)
+    """Whole batches of `dl` with `n` items or a few more, None for all: the first ones, or some spread evenly.
+
+    `check` is called before each."""
+    res,total,k = _Batches(),len(dl),len(dl)
     for i,b in enumerate(dl):
         check()
         if i==0 and n is not None: k = min(total, -(-n//find_bs(b)))
@@ -96,43 +107,49 @@ def _keep(dl, n, spread, check=lambda: None):
 # %% ../nbs/50_landscape.ipynb #3949dbb3
 _JOINED = 2**20   # elements in the first input of a joined batch, at most: beyond a few MB nothing is gained
 
-def _fit(a, b):
-    "Whether two batches can be joined"
-    plain = all(type(o) in (tuple,list) and len(o) and all(isinstance(t, torch.Tensor) and t.dim() and len(t)==len(o[0]) for t in o) for o in (a,b))
-    return plain and len(a)==len(b) and all((s.shape[1:],s.dtype,s.device,type(s))==(t.shape[1:],t.dtype,t.device,type(t)) for s,t in zip(a,b))
+def _is_plain(b):
+    "Whether a batch is a tuple or a list of tensors, with a row for each item"
+    if type(b) not in (tuple,list) or not len(b): return False
+    return all(isinstance(t, torch.Tensor) and t.dim() and len(t)==len(b[0]) for t in b)
+
+def _joinable(a, b):
+    "Whether two batches can be one"
+    kinds = lambda o: [(t.shape[1:],t.dtype,t.device,type(t)) for t in o]
+    return _is_plain(a) and _is_plain(b) and kinds(a)==kinds(b)
 
 def _join(bs):
     "Neighbouring batches as one, where they fit together and are small"
     groups,size = [],0
     for b in bs:
-        if groups and _fit(groups[-1][-1], b) and size+b[0].numel()<=_JOINED: groups[-1].append(b); size += b[0].numel()
-        else: groups.append([b]); size = b[0].numel() if _fit(b, b) else 0
-    return _Kept(g[0] if len(g)==1 else type(g[0])(map(torch.cat, zip(*g))) for g in groups)
+        if groups and _joinable(groups[-1][-1], b) and size+b[0].numel()<=_JOINED:
+            groups[-1].append(b)
+            size += b[0].numel()
+        else:
+            groups.append([b])
+            size = b[0].numel() if _is_plain(b) else 0
+    return _Batches(g[0] if len(g)==1 else type(g[0])(map(torch.cat, zip(*g))) for g in groups)
 
 # %% ../nbs/50_landscape.ipynb #765b0211
-def _metric(learn, metric):
-    "The metric of the learner that was asked for, and what a picture shows of it: a heading and a function of its value"
-    mets = [m for m in learn.metrics if not isinstance(m, ValueMetric)]      # those do not depend on the model
-    if metric is False or (metric is None and not mets): return [],{}
-    m = next((m for m in mets if metric in (None,m.name)), None)
-    if metric is not None and m is not None and len(learn.dls.loaders)<2: raise ValueError(f'metric={metric!r}: this learner has no validation data to measure it on')
-    if m is None: raise ValueError(f'metric={metric!r} is none of the learner: choose among {[m.name for m in mets]}, or False for no metric')
-    if m.name in ('accuracy','error_rate'): head = 'validation error, %'
-    elif 'accuracy' in m.name: head = f'validation 1 - {m.name}, %'
-    else: head = f'validation {m.name}'
-    f = (lambda v: 100*(1-v)) if 'accuracy' in m.name else (lambda v: 100*v) if m.name=='error_rate' else (lambda v: v)
-    return [copy_metric(m)],{head:f}
+def _shown(name):
+    "What a picture shows of a metric: a heading, and a function of its value"
+    if name=='error_rate': return 'validation error, %',lambda v: 100*v
+    if name=='accuracy': return 'validation error, %',lambda v: 100*(1-v)
+    if 'accuracy' in name: return f'validation 1 - {name}, %',lambda v: 100*(1-v)
+    return f'validation {name}',lambda v: v
 
 def _low_is_good(head): return head.endswith(('loss','error, %')) or ' 1 - ' in head
 
-def _count(n, name, least=1, none=True):
-    if n is None and none: return
-    if not isinstance(n, Integral) or isinstance(n, bool): raise TypeError(f'{name}={n!r}: give a whole number, {least} or more' + ', or None for all'*none)
-    if n<least: raise ValueError(f'{name}={n}: give {least} or more' + ', or None for all'*none)
-
-def _number(x, name, least=None):
-    if not isinstance(x, Real) or isinstance(x, bool): raise TypeError(f'{name}={x!r}: give a number')
-    if not np.isfinite(x) or (least is not None and x<least): raise ValueError(f'{name}={x}: give a finite number' + ('' if least is None else f', {least} or more'))
+def _metric(learn, metric):
+    "A copy of the learner's metric that was asked for, its heading and a function of its value; None for no metric"
+    mets = model_metrics(learn)
+    if metric is False or (metric is None and not mets): return None
+    m = next((m for m in mets if metric in (None,m.name)), None)
+    if m is None:
+        raise ValueError(f'metric={metric!r} is none of the learner: choose among {[m.name for m in mets]}, '
+                         'or False for no metric')
+    if metric is not None and len(learn.dls.loaders)<2:
+        raise ValueError(f'metric={metric!r}: this learner has no validation data to measure it on')
+    return copy_metric(m),*_shown(m.name)
 
 # %% ../nbs/50_landscape.ipynb #c99a5aa1
 def _move(to, origin, steps):
@@ -141,60 +158,82 @@ def _move(to, origin, steps):
     for t,d in steps:
         if t: torch._foreach_add_(to, d, alpha=float(t))
 
+class _Surface:
+    "The losses of a learner's model at any place of weight space, of the same batches everywhere"
+    def __init__(self, learn, metric):
+        model = unwrap(learn.model)
+        self.learn,self.metric,self.layers = learn,_metric(learn, metric),trained_layers(learn)
+        self.params = list(named_params(model).values())
+        self.place = [torch.empty_like(p, dtype=wide_dtype(p.dtype)) for p in self.params]   # one after the other
+        self.as_trained = partial(as_trained, model, movers(model))
+
+    def keep_batches(self, n_train, n_valid, check):
+        "Have the batches that all places will see; `check` is called between them"
+        loaders = self.learn.dls
+        self.train = _keep(loaders.train, n_train, False, check)
+        self.valid = _keep(loaders[1], n_valid, True, check) if len(loaders.loaders)>1 else _Batches()
+        if not any(isinstance(cb, ModelResetter) for cb in self.learn.cbs): self.train = _join(self.train)
+        if not self.train:
+            raise ValueError('the training DataLoader gave no batch (fewer items than a batch, and drop_last?)')
+
+    def score(self, dl, *mets):
+        "Loss and metrics of the weights and statistics that are in the model now"
+        meter = ScoreMeter([AvgLoss(), *mets])
+        with isolated_pass(self.learn, dl, [meter]): run_pass(self.learn)
+        return [float(v) for v in meter.values()]
+
+    def own_stats(self):
+        "A context with the BatchNorm statistics that belong to the weights that are in the model now"
+        stats = measure_bn(self.learn, self.layers, dl=self.train)
+        return nullcontext() if stats is None else stats.swapped()
+
+    def at(self, origin, *steps):
+        "Heading -> value at the origin plus the sum of t*direction, `steps` being pairs of these"
+        _move(self.place, origin, steps)
+        with swap_params(self.params, self.place, self.as_trained), self.own_stats():
+            res = {'training loss': self.score(self.train)[0]}
+            if not self.valid: return res
+            if self.metric is None: return {**res, 'validation loss': self.score(self.valid)[0]}
+            metric,head,shown = self.metric
+            loss,val = self.score(self.valid, metric)
+            return {**res, 'validation loss': loss, head: shown(val)}
+
+# %% ../nbs/50_landscape.ipynb #80374c02
 @contextmanager
 def _measuring(learn, metric, n_train, n_valid, total):
-    "Inside the block: a function of an origin and steps that measures the model there; it will be called `total` times"
-    for n,name in ((n_train,'n_train'),(n_valid,'n_valid')): _count(n, name)
-    if num_distrib()>1: raise RuntimeError(f'pictures are drawn by one process, and this is one of {num_distrib()}: save the weights (learn.save, swa.save) and draw them in another run, without torchrun')
-    mets,shown = _metric(learn, metric)
-    model,dls = unwrap(learn.model),learn.dls
-    place,layers,done = WeightAverage(model),trained_layers(learn),0
-    place.n = 1             # its tensors will be filled with one place after the other, and lent by pointer
-    progress = getattr(learn, 'progress', None) if learn.create_mbar else None
-    with uninterrupted(patience=1) as check, torch.no_grad(), warnings.catch_warnings(), preserve_buffers(model), isolated_pass(learn, dls.train):
-        warnings.filterwarnings('ignore', 'the inputs of .* were not finite')      # far out they may be; the picture shows it
-        train = _keep(dls.train, n_train, False, check)
-        valid = _keep(dls[1], n_valid, True, check) if len(dls.loaders)>1 else _Kept()
-        if not any(isinstance(cb, ModelResetter) for cb in learn.cbs): train = _join(train)
-        if not train: raise ValueError('the training DataLoader gave no batch (fewer items than a batch, and drop_last?)')
-        learn.create_mbar = False       # no bars within ours
-        bar = LateBar(total, progress is not None, getattr(progress, 'mbar', None), 'loss surface')
-        def score(dl, mets):
-            meter = ScoreMeter([AvgLoss(), *mets])
-            with isolated_pass(learn, dl, [meter]):
-                try: learn._with_events(learn.all_batches, 'validate', CancelValidException)
-                except cancel_exceptions: pass
-            return [float(v) for v in meter.values()]
-        def measure(origin, *steps):
-            nonlocal done
-            _move(place.average, origin, steps)
-            with place.swapped(model), (measure_bn(learn, layers, dl=train) or BNStats([])).swapped():
-                res = {'training loss': score(train, [])[0]}
-                if valid:
-                    res['validation loss'],*vals = score(valid, mets)
-                    res.update({head:f(v) for (head,f),v in zip(shown.items(), vals)})
-            done += 1
-            bar.update(done)
+    "Inside the block: a function like `_Surface.at`, which will be called `total` times; nothing is changed by it"
+    n_train,n_valid = check_count(n_train, 'n_train', None),check_count(n_valid, 'n_valid', None)
+    if num_distrib()>1:
+        raise RuntimeError(f'pictures are drawn by one process, and this is one of {num_distrib()}: save the weights '
+                           '(learn.save, swa.save) and draw them in another run, without torchrun')
+    surface,bar,places = _Surface(learn, metric),pass_bar(learn, total, 'loss surface'),count(1)
+    with (uninterrupted(patience=1) as check, torch.no_grad(), warnings.catch_warnings(),
+          isolated_pass(learn, learn.dls.train, bar=bar)):
+        warnings.filterwarnings('ignore', 'the inputs of .* were not finite')   # far out they may be: it will be seen
+        learn.create_mbar = False                                               # no bars within ours
+        surface.keep_batches(n_train, n_valid, check)
+        def measure(*place):
+            res = surface.at(*place)
+            bar.update(next(places))
             check()
             return res
-        try: yield measure
-        finally: bar.close()
+        yield measure
 
 # %% ../nbs/50_landscape.ipynb #f0a13d30
 def _table(rows):
     "Lines of text: one for each row, a column for each heading"
     heads = list(next(iter(rows.values())))
-    lines = [['', *heads], *([str(k), *(f'{r[h]:.4g}' for h in heads)] for k,r in rows.items())]
-    widths = [max(map(len, col)) for col in zip(*lines)]
-    return '\n'.join('   '.join([l[0].ljust(widths[0]), *(o.rjust(w) for o,w in zip(l[1:],widths[1:]))]).rstrip() for l in lines)
+    return text_table([['', *heads], *([str(k), *(f'{r[h]:.4g}' for h in heads)] for k,r in rows.items())])
 
 # %% ../nbs/50_landscape.ipynb #9fc02756
 def _sets(weights, n=None):
     "Name -> set of weights, of a dict or a list"
     if isinstance(weights, (list,tuple)): weights = {f'W{i+1}':w for i,w in enumerate(weights)}
     if not isinstance(weights, Mapping) or any(isinstance(w, torch.Tensor) for w in weights.values()):
-        raise TypeError(f'weights: give {"three" if n else "some"} sets of weights, as a list or as a dict of name: weights, not {type(weights).__name__}')
-    if n and len(weights)!=n: raise ValueError(f'weights: a plane goes through three sets of weights, not {len(weights)}')
+        raise TypeError(f'weights: give {"three" if n else "some"} sets of weights, as a list or as a dict of '
+                        f'name: weights, not {type(weights).__name__}')
+    if n and len(weights)!=n:
+        raise ValueError(f'weights: a plane goes through three sets of weights, not {len(weights)}')
     if not weights: raise ValueError('weights: give at least one set of weights')
     return dict(weights)
 
@@ -202,18 +241,29 @@ def _dot(a, b): return sum((as_real(x)*as_real(y)).sum().item() for x,y in zip(a
 def _norm(a): return _dot(a,a)**.5
 def _sub(a, b): return [x-y for x,y in zip(a,b)]
 
+# %% ../nbs/50_landscape.ipynb #b4b445a5
+_dark,_light = '0.1','w'
+
+def _outlined(o): o.set_path_effects([withStroke(linewidth=2.5, foreground=_light)])
+def _plain(ax):
+    for s in ('top','right'): ax.spines[s].set_visible(False)
+
 class _Picture:
     "What `Plane`, `Ray` and `Width` share"
     def _heads(self, panels, what='panels'):
         if panels is None: return list(self.values)
         panels = [panels] if isinstance(panels, str) else list(panels)
-        if not panels or set(panels)-set(self.values): raise ValueError(f'{what}={panels}: choose among {list(self.values)}')
+        if not panels or set(panels)-set(self.values):
+            raise ValueError(f'{what}={panels}: choose among {list(self.values)}')
         return panels
 
     def _axes(self, heads, width, height, axs):
-        if axs is None: return plt.subplots(1, len(heads), figsize=(width*len(heads),height), layout='constrained', squeeze=False)
+        if axs is None:
+            size = width*len(heads),height
+            return plt.subplots(1, len(heads), figsize=size, layout='constrained', squeeze=False)
         axs = np.atleast_1d(axs).ravel()
-        if len(axs)!=len(heads): raise ValueError(f'axs: give one for each panel, {len(heads)} for {heads}, not {len(axs)}')
+        if len(axs)!=len(heads):
+            raise ValueError(f'axs: give one for each panel, {len(heads)} for {heads}, not {len(axs)}')
         return axs[0].figure,[axs]
 
 class _Affine(_Picture):
@@ -221,15 +271,10 @@ class _Affine(_Picture):
     def weights(self,
         *where:float, # Coordinates of the place: (x, y) in a plane, (t,) on a ray
     )->dict: # Parameter name -> tensor, as `load_state_dict(..., strict=False)` takes it
-        "The weights of any place of the picture"
+        "The weights of any place of the picture. Raises TypeError for another number of coordinates"
         origin,*dirs = self.basis
         if len(where)!=len(dirs): raise TypeError(f'give {len(dirs)} coordinates, not {len(where)}')
         return {k:sum((t*d[k] for t,d in zip(where,dirs)), w) for k,w in origin.items()}
-
-_dark,_light = '0.1','w'
-def _outlined(o): o.set_path_effects([withStroke(linewidth=2.5, foreground=_light)])
-def _plain(ax):
-    for s in ('top','right'): ax.spines[s].set_visible(False)
 
 # %% ../nbs/50_landscape.ipynb #ad320e96
 _SAME = 1e-3    # points closer than this share of the longest side cannot be told apart in a picture
@@ -239,25 +284,32 @@ def _span(w1, w2, w3, names):
     ws,pairs = (w1,w2,w3),((0,1),(0,2),(1,2))
     sides = [_norm(_sub(ws[i],ws[j])) for i,j in pairs]
     for (i,j),side in zip(pairs, sides):
-        if side<=_SAME*max(sides): raise ValueError(f'{names[i]} and {names[j]} are the same weights, or nearly: a plane needs three different ones')
+        if side<=_SAME*max(sides):
+            raise ValueError(f'{names[i]} and {names[j]} are the same weights, or nearly: '
+                             'a plane needs three different ones')
     u = [o/sides[0] for o in _sub(w2,w1)]
     v = _sub(w3,w1)
     for _ in range(2):                          # the second time takes off what rounding had left
         c = _dot(v,u)
         torch._foreach_add_(v, u, alpha=-c)
     h,c = _norm(v),_dot(_sub(w3,w1),u)
-    if h<=_SAME*max(sides): raise ValueError(f'{", ".join(names)} are on one line, or nearly, and make no plane: use plot_ray, or take another third point')
+    if h<=_SAME*max(sides):
+        raise ValueError(f'{", ".join(names)} are on one line, or nearly, and make no plane: '
+                         'use plot_ray, or take another third point')
     return u,[o/h for o in v],[(0.,0.),(sides[0],0.),(c,h)]
 
 def _grid(coords, n, margin):
     "Places on both axes, equally far apart, n along the longer one"
     coords = np.array(coords)
-    lo,size = coords.min(0),np.ptp(coords, 0)
+    low,size = coords.min(0),np.ptp(coords, 0)
     pad = margin*size.max()
     step = (size.max()+2*pad)/(n-1)
-    return [a+s/2+step*(np.arange(k)-(k-1)/2) for a,s in zip(lo,size) for k in [int(np.ceil((s+2*pad)/step-1e-6))+1]]
+    def axis(a, side):
+        k = int(np.ceil((side+2*pad)/step-1e-6))+1
+        return a+side/2+step*(np.arange(k)-(k-1)/2)
+    return [*map(axis, low, size)]
 
-# %% ../nbs/50_landscape.ipynb #614ce053
+# %% ../nbs/50_landscape.ipynb #9f7d48a0
 def _levels(z, marked, top, low_is_good, n=12):
     "Levels of contours, finer near the minimum of `z`"
     z,marked = z[np.isfinite(z)],[o for o in marked if np.isfinite(o)]
@@ -267,6 +319,27 @@ def _levels(z, marked, top, low_is_good, n=12):
     if top is None: top = hi if hi>lo else lo+max(abs(lo),1)*1e-3
     return lo+(top-lo)*np.linspace(0, 1, n)**(2 if low_is_good else 1)
 
+# %% ../nbs/50_landscape.ipynb #4f68696f
+def _inches(ax, xs, ys):
+    "Width and height that a plot will have in which both axes are drawn to the same scale"
+    box,flat = ax.get_window_extent(),np.ptp(ys)/np.ptp(xs)
+    return min(box.width, box.height/flat)/ax.figure.dpi,min(box.height, box.width*flat)/ax.figure.dpi
+
+def _contours(ax, xs, ys, z, levels, cmap):
+    "Filled contours, and a colour bar as tall as the plot, with room between its ticks"
+    above = levels[-1]+(levels[-1]-levels[-2])
+    z = np.minimum(np.nan_to_num(z, nan=np.inf, posinf=np.inf, neginf=np.inf), above)
+    shades = plt.get_cmap(cmap).N                      # as many as levels, however close they are
+    norm = BoundaryNorm(levels, shades, extend='max')
+    cs = ax.contourf(xs, ys, z, levels, cmap=cmap, norm=norm, extend='max')
+    ax.contour(xs, ys, z, levels, colors=_light, linewidths=.4, alpha=.6)
+    ax.set_aspect('equal')
+    width,height = _inches(ax, xs, ys)
+    every = max(2, int(np.ceil(.22*len(levels)/height)))
+    cax = ax.inset_axes([1+.12/width, 0, .15/width, 1])
+    ax.figure.colorbar(cs, cax=cax, ticks=levels[::every], format='%.3g')
+
+# %% ../nbs/50_landscape.ipynb #614ce053
 @dataclass(repr=False)
 class Plane(_Affine):
     "Losses in a plane of weight space: what `plane` measured"
@@ -279,27 +352,20 @@ class Plane(_Affine):
     fig:object=None # The last figure that `plot` drew
 
     def __repr__(self):
-        return f'Plane of {len(self.xs)} x {len(self.ys)} places\n'+_table({k:dict(x=x, y=y, **self.at[k]) for k,(x,y) in self.points.items()})
-
-    def _inches(self, ax):
-        "Width and height that the plot will have: both axes are drawn to the same scale"
-        box,flat = ax.get_window_extent(),np.ptp(self.ys)/np.ptp(self.xs)
-        return min(box.width, box.height/flat)/ax.figure.dpi,min(box.height, box.width*flat)/ax.figure.dpi
-
-    def _bar(self, ax, cs, levels):
-        "A colour bar as tall as the plot, with room between its ticks"
-        width,height = self._inches(ax)
-        cax = ax.inset_axes([1+.12/width, 0, .15/width, 1])
-        ax.figure.colorbar(cs, cax=cax, ticks=levels[::max(2, int(np.ceil(.22*len(levels)/height)))], format='%.3g')
+        rows = {k:dict(x=x, y=y, **self.at[k]) for k,(x,y) in self.points.items()}
+        return f'Plane of {len(self.xs)} x {len(self.ys)} places\n{_table(rows)}'
 
     def _mark(self, ax, name, x, y):
         "A point and its name, which is on the side that has room for it"
-        is_mean,(width,height) = name=='mean',self._inches(ax)
+        is_mean,(width,height) = name=='mean',_inches(ax, self.xs, self.ys)
         ax.plot(x, y, '*' if is_mean else 'o', ms=13 if is_mean else 7, color=_dark, mec=_light, label=name)
-        right,up = width*(self.xs[-1]-x)/np.ptp(self.xs),height*(self.ys[-1]-y)/np.ptp(self.ys)     # inches
+        right = width*(self.xs[-1]-x)/np.ptp(self.xs)      # inches
+        up = height*(self.ys[-1]-y)/np.ptp(self.ys)
         left,low = right<min(width/2, .1+.1*len(name)),up<min(height/2, .3)
-        _outlined(ax.annotate(name, (x,y), (-6 if left else 6, -6 if low else 6), textcoords='offset points', color=_dark, weight='bold',
-                              ha='right' if left else 'left', va='top' if low else 'bottom', zorder=6))     # above the colour bar, should it get there
+        side = dict(ha='right' if left else 'left', va='top' if low else 'bottom')
+        text = ax.annotate(name, (x,y), (-6 if left else 6, -6 if low else 6), textcoords='offset points', **side,
+                           color=_dark, weight='bold', zorder=6)     # above the colour bar, should it get there
+        _outlined(text)
 
     def plot(self,
         panels=None, # Headings to draw, out of `values`. None: all
@@ -307,21 +373,21 @@ class Plane(_Affine):
         cmap='viridis', # matplotlib colour map; the lowest values get its first colour
         axs=None, # matplotlib axes to draw into, one for each panel. None: a new figure
     ): # matplotlib figure
-        "Draw contours with the points marked. Raises ValueError for an unknown panel or a `top` below all values, or another number of axes than panels"
-        if top is not None and not isinstance(top, Mapping): raise TypeError(f'top={top!r}: give a dict of heading: value')
+        """Draw contours with the points marked.
+
+        Raises ValueError for an unknown panel, a `top` below all values, or another number of axes than panels."""
+        if top is not None and not isinstance(top, Mapping):
+            raise TypeError(f'top={top!r}: give a dict of heading: value')
         heads,top = self._heads(panels),top or {}
         if top: self._heads(top, 'top')
         flat = np.ptp(self.ys)/np.ptp(self.xs)
-        self.fig,axs = self._axes(heads, max(1.3+3.1*min(1, 1/flat), 2.6), max(.9+3.1*min(1, flat), 2.2), axs)
+        width,height = max(1.3+3.1*min(1, 1/flat), 2.6),max(.9+3.1*min(1, flat), 2.2)
+        self.fig,axs = self._axes(heads, width, height, axs)
         for ax,head in zip(axs[0],heads):
-            levels = _levels(self.values[head], [o[head] for o in self.at.values()], top.get(head), _low_is_good(head))
-            above = levels[-1]+(levels[-1]-levels[-2])
-            z = np.minimum(np.nan_to_num(self.values[head], nan=np.inf, posinf=np.inf, neginf=np.inf), above)
-            norm = BoundaryNorm(levels, plt.get_cmap(cmap).N, extend='max')       # as many shades as levels, however close they are
-            cs = ax.contourf(self.xs, self.ys, z, levels, cmap=cmap, norm=norm, extend='max')
-            ax.contour(self.xs, self.ys, z, levels, colors=_light, linewidths=.4, alpha=.6)
-            ax.set(title=head, xlabel='distance in weight space', aspect='equal')
-            self._bar(ax, cs, levels)
+            z,marked = self.values[head],[o[head] for o in self.at.values()]
+            levels = _levels(z, marked, top.get(head), _low_is_good(head))
+            _contours(ax, self.xs, self.ys, z, levels, cmap)
+            ax.set(title=head, xlabel='distance in weight space')
             for name,p in self.points.items(): self._mark(ax, name, *p)
         axs[0][0].set_ylabel('distance in weight space')
         return self.fig
@@ -333,18 +399,20 @@ def plane(
     n:int=19, # Places along the longer side of the picture, 3 or more; as far apart along the other
     margin:float=.35, # Room around the points, in lengths of the longer side of the box around them, 0 or more
     metric=None, # Name of one of the learner's metrics. None: the first. False: none
-    n_train:int=2000, # Training items that BatchNorm and the training loss see, 1 or more, rounded up to whole batches. None: all
+    n_train:int=2000, # Training items for BatchNorm and training loss, 1 or more, in whole batches. None: all
     n_valid:int=2000, # Validation items. None: all
 )->Plane: # What was measured
     """Measure losses in the plane through three sets of weights, with BatchNorm statistics of their own at each place.
 
-    A set of weights is a model, a Learner, a state_dict, a `WeightAverage`, an `SWA` callback, a file that `learn.save` wrote, or None for the learner's own.
-    Training loss: evaluation mode, batches augmented as training sees them. All places see the same batches. Held meanwhile: the batches and six sets of weights.
+    A set of weights is a model, a Learner, a state_dict, a `WeightAverage`, an `SWA` callback, a file that `learn.save`
+    wrote, or None for the learner's own. Training loss: evaluation mode, batches augmented as training sees them. All
+    places see the same batches. Held meanwhile: the batches and six sets of weights.
     Raises ValueError for weights of another architecture or on one line, TypeError or ValueError for wrong arguments.
     Source: Garipov et al. 2018, appendix A; Izmailov et al. 2018, figure 1."""
     sets = _sets(weights, 3)
-    if 'mean' in sets: raise ValueError("weights: 'mean' is what the picture calls the average of the three, give another name")
-    _count(n, 'n', 3, none=False); _number(margin, 'margin', least=0)
+    if 'mean' in sets:
+        raise ValueError("weights: 'mean' is what the picture calls the average of the three, give another name")
+    n,margin = check_count(n, 'n', None, 3, none=False),check_number(margin, 'margin', least=0)
     names,ws = list(sets),[_weights(learn, w, k) for k,w in sets.items()]
     u,v,coords = _span(*ws, names)
     xs,ys = _grid(coords, n, margin)
@@ -357,26 +425,33 @@ def plane(
     keys = list(named_params(learn.model))
     return Plane(xs, ys, values, points, at, tuple(dict(zip(keys,o)) for o in (ws[0],u,v)))
 
-# %% ../nbs/50_landscape.ipynb #17fac7b8
-@delegates(Plane.plot)
-def plot_plane(
-    learn:Learner, # The learner
-    weights, # Three sets of weights: a list, or a dict of name: weights
-    n:int=19, # Places along the longer side
-    margin:float=.35, # Room around the points
-    metric=None, # Name of a metric. None: the first. False: none
-    n_train:int=2000, # Training items. None: all
-    n_valid:int=2000, # Validation items. None: all
-    **kwargs # For `Plane.plot`: panels, top, cmap, axs
-)->Plane: # What was measured; its `fig` is the figure
-    "Measure and draw the plane through three sets of weights: see `plane` for the parameters and errors"
-    res = plane(learn, weights, n, margin, metric, n_train, n_valid)
-    res.plot(**kwargs)
+# %% ../nbs/50_landscape.ipynb #7fcfa3ac
+def _takes(measure, plot):
+    "Decorator: a function of all that `measure` takes, and by name of all that the method `plot` takes"
+    own,(_,*drawn) = (inspect.signature(o).parameters.values() for o in (measure,plot))
+    by_name = [o.replace(kind=o.KEYWORD_ONLY) for o in drawn]
+    def _inner(f):
+        f.__signature__ = inspect.signature(f).replace(parameters=[*own, *by_name])
+        f.__delwrap__ = measure       # where fastcore's docments looks for the comments
+        return f
+    return _inner
+
+def _drawn(measure, plot, args, kwargs):
+    "What `measure` makes of its share of the arguments, drawn by `plot` with the others"
+    how = {k:kwargs.pop(k) for k in inspect.signature(plot).parameters if k in kwargs}
+    res = measure(*args, **kwargs)
+    plot(res, **how)
     return res
 
-# %% ../nbs/50_landscape.ipynb #b25862f8
-_styles = [dict(color='C0', ls='-'), dict(color='C3', ls='--'), dict(color='0.2', ls='-.'), dict(color='C2', ls=':')]     # told apart in grey too
+# %% ../nbs/50_landscape.ipynb #17fac7b8
+@_takes(plane, Plane.plot)
+def plot_plane(*args, **kwargs)->Plane: # What was measured; its `fig` is the figure
+    """Measure and draw the plane through three sets of weights.
 
+    The parameters and errors are those of `plane` and of `Plane.plot` (panels, top, cmap, axs)."""
+    return _drawn(plane, Plane.plot, args, kwargs)
+
+# %% ../nbs/50_landscape.ipynb #b25862f8
 @dataclass(repr=False)
 class Ray(_Affine):
     "Losses on a line in weight space: what `ray` measured"
@@ -392,30 +467,46 @@ class Ray(_Affine):
     def xs(self): return self.ts*self.length
 
     def __repr__(self):
-        low = {h:self.ts[np.nanargmin(v)] if np.isfinite(v).any() else np.nan for h,v in self.values.items()}
-        return f'Ray of {len(self.ts)} places, length {self.length:.4g} between the two\n'+_table({**self.at, 'lowest at t':low})
+        lowest = {h:self.ts[np.nanargmin(v)] if np.isfinite(v).any() else np.nan for h,v in self.values.items()}
+        rows = {**self.at, 'lowest at t':lowest}
+        return f'Ray of {len(self.ts)} places, length {self.length:.4g} between the two\n{_table(rows)}'
+
+    def _mark(self, ax, head, name, t):
+        "One end, and its name above the plot and away from the other name"
+        x = t*self.length
+        ax.axvline(x, color=_dark, ls=':', lw=1)
+        ax.annotate(fill(name, 14), (x,1), (0,3.3), xycoords=('data','axes fraction'), textcoords='offset fontsize',
+                    ha='left' if t else 'right', weight='bold')
+        ax.plot(x, self.at[name][head], 'o', color=_dark)
 
     def plot(self,
         panels=None, # Headings to draw, out of `values`. None: all
         axs=None, # matplotlib axes to draw into, one for each panel. None: a new figure
     ): # matplotlib figure
-        "Draw a curve for each quantity, both ends marked. Raises ValueError for an unknown panel, or another number of axes than panels"
+        """Draw a curve for each quantity, both ends marked.
+
+        Raises ValueError for an unknown panel, or another number of axes than panels."""
         heads = self._heads(panels)
         self.fig,axs = self._axes(heads, 4, 3.6, axs)
         for ax,head in zip(axs[0],heads):
             y = np.where(np.isfinite(self.values[head]), self.values[head], np.nan)
             ax.plot(self.xs, y, color='C0', marker='.', ms=5)
-            for name,t in zip(self.names, (0,1)):
-                ax.axvline(t*self.length, color=_dark, ls=':', lw=1)
-                ax.annotate(fill(name, 14), (t*self.length,1), (0,3.3), xycoords=('data','axes fraction'), textcoords='offset fontsize',
-                            ha='left' if t else 'right', weight='bold')      # above the plot, and away from the other name
-                ax.plot(t*self.length, self.at[name][head], 'o', color=_dark)
+            for name,t in zip(self.names, (0,1)): self._mark(ax, head, name, t)
             ax.set(xlabel='distance in weight space', ylabel=head)
-            ax.secondary_xaxis('top', functions=(lambda x: x/self.length, lambda t: t*self.length)).set_xlabel('t')
+            in_t = lambda x: x/self.length,lambda t: t*self.length
+            ax.secondary_xaxis('top', functions=in_t).set_xlabel('t')
             ax.spines['right'].set_visible(False)
         return self.fig
 
 # %% ../nbs/50_landscape.ipynb #9d2e9bcb
+def _ends(learn, w_from, w_to, names):
+    "Both sets of weights, and the way from one to the other. Raises ValueError where there is none"
+    w0,w1 = (_weights(learn, w, k) for w,k in zip((w_from,w_to), names))
+    way = _sub(w1,w0)
+    if _norm(way)<=1e-6*_norm(w0):
+        raise ValueError(f'{names[0]} and {names[1]} are the same weights: no line goes through them')
+    return w0,way
+
 def ray(
     learn:Learner, # The learner, with its data, loss and metrics; it is left as it was
     w_from, # Set of weights at t=0
@@ -425,47 +516,35 @@ def ray(
     hi:float=1.5, # Where it ends, 1 or more
     n:int=25, # Places, 2 or more; both sets of weights come in addition where they are not among them
     metric=None, # Name of one of the learner's metrics. None: the first. False: none
-    n_train:int=2000, # Training items that BatchNorm and the training loss see, 1 or more, rounded up to whole batches. None: all
+    n_train:int=2000, # Training items for BatchNorm and training loss, 1 or more, in whole batches. None: all
     n_valid:int=2000, # Validation items. None: all
 )->Ray: # What was measured
     """Measure losses along the line through two sets of weights, with BatchNorm statistics of their own at each place.
 
-    What a set of weights may be, how losses are measured and which errors are raised: see `plane`. Source: Izmailov et al. 2018, figure 5."""
-    if not isinstance(names, (tuple,list)) or len(names)!=2 or names[0]==names[1]: raise ValueError(f'names={names!r}: give two different names')
-    _number(lo, 'lo'); _number(hi, 'hi'); _count(n, 'n', 2, none=False)
+    What a set of weights may be, how losses are measured and which errors are raised: see `plane`.
+    Source: Izmailov et al. 2018, figure 5."""
+    if not isinstance(names, (tuple,list)) or len(names)!=2 or names[0]==names[1]:
+        raise ValueError(f'names={names!r}: give two different names')
+    lo,hi,n = check_number(lo, 'lo'),check_number(hi, 'hi'),check_count(n, 'n', None, 2, none=False)
     if lo>0 or hi<1: raise ValueError(f'lo={lo}, hi={hi}: the line goes through both sets of weights, at 0 and 1')
-    w0,w1 = (_weights(learn, w, k) for w,k in zip((w_from,w_to), names))
-    way = _sub(w1,w0)
-    length = _norm(way)
-    if length<=1e-6*_norm(w0): raise ValueError(f'{names[0]} and {names[1]} are the same weights: no line goes through them')
+    w0,way = _ends(learn, w_from, w_to, names)
     ts = np.linspace(lo, hi, n)
     ts = np.sort(np.r_[ts[(abs(ts)>1e-6)&(abs(ts-1)>1e-6)], 0, 1])
     with _measuring(learn, metric, n_train, n_valid, len(ts)) as measure: vals = [measure(w0, (t,way)) for t in ts]
+    values = {h:np.array([o[h] for o in vals]) for h in vals[0]}
+    at = {k:vals[ts.tolist().index(t)] for k,t in zip(names,(0,1))}
     keys = list(named_params(learn.model))
-    return Ray(tuple(names), ts, length, {h:np.array([o[h] for o in vals]) for h in vals[0]},
-               {k:vals[ts.tolist().index(t)] for k,t in zip(names,(0,1))}, tuple(dict(zip(keys,o)) for o in (w0,way)))
+    return Ray(tuple(names), ts, _norm(way), values, at, tuple(dict(zip(keys,o)) for o in (w0,way)))
 
 # %% ../nbs/50_landscape.ipynb #3a4bc3c6
-@delegates(Ray.plot)
-def plot_ray(
-    learn:Learner, # The learner
-    w_from, # Set of weights at t=0
-    w_to, # Set of weights at t=1
-    names:tuple=('from','to'), # What to call the two
-    lo:float=-.5, # Where the line begins
-    hi:float=1.5, # Where it ends
-    n:int=25, # Places
-    metric=None, # Name of a metric. None: the first. False: none
-    n_train:int=2000, # Training items. None: all
-    n_valid:int=2000, # Validation items. None: all
-    **kwargs # For `Ray.plot`: panels, axs
-)->Ray: # What was measured; its `fig` is the figure
-    "Measure and draw the line through two sets of weights: see `ray` for the parameters and errors"
-    res = ray(learn, w_from, w_to, names, lo, hi, n, metric, n_train, n_valid)
-    res.plot(**kwargs)
-    return res
+@_takes(ray, Ray.plot)
+def plot_ray(*args, **kwargs)->Ray: # What was measured; its `fig` is the figure
+    """Measure and draw the line through two sets of weights.
 
-# %% ../nbs/50_landscape.ipynb #6f01a842
+    The parameters and errors are those of `ray` and of `Ray.plot` (panels, axs)."""
+    return _drawn(ray, Ray.plot, args, kwargs)
+
+# %% ../nbs/50_landscape.ipynb #6095c726
 def _direction(raw, ws, filterwise):
     "The Gaussian `raw` as a direction at the weights `ws`"
     if not filterwise: return [o/_norm(raw) for o in raw]
@@ -474,6 +553,17 @@ def _direction(raw, ws, filterwise):
         size = lambda t: t.flatten(1).norm(dim=1).view(-1, *[1]*(t.dim()-1))
         return d*(size(w)/size(d))
     return [one(d, w) for d,w in zip(raw,ws)]
+
+def _random_dirs(sets, n, seed, filterwise):
+    "`n` times a direction for each of the sets of weights, with the name of the set: the same on every device"
+    gen,first = torch.Generator().manual_seed(seed),next(iter(sets.values()))      # on the CPU
+    for _ in range(n):
+        raw = [torch.randn(o.shape, dtype=o.dtype, generator=gen).to(o.device) for o in first]
+        for name,w in sets.items(): yield name,_direction(raw, w, filterwise)
+
+# %% ../nbs/50_landscape.ipynb #6f01a842
+_styles = [dict(color='C0', ls='-'), dict(color='C3', ls='--'),
+           dict(color='0.2', ls='-.'), dict(color='C2', ls=':')]     # told apart in grey too
 
 @dataclass(repr=False)
 class Width(_Picture):
@@ -484,23 +574,29 @@ class Width(_Picture):
     fig:object=None # The last figure that `plot` drew
 
     def __repr__(self):
-        names,ends = list(next(iter(self.values.values()))),((0,'at 0'),(-1,f'at {self.radii[-1]:.3g}'))
-        return (f'Width: {len(self.radii)} radii, mean of {len(self.values["training loss"][names[0]])} directions\n'
-                + _table({f'{k}, {at}':{h:v[k][:,i].mean() for h,v in self.values.items()} for k in names for i,at in ends}))
+        some = next(iter(self.values.values()))
+        n_dirs = len(next(iter(some.values())))
+        ends = (0,'at 0'),(-1,f'at {self.radii[-1]:.3g}')
+        mean_at = lambda name,i: {h:v[name][:,i].mean() for h,v in self.values.items()}
+        rows = {f'{name}, {at}':mean_at(name, i) for name in some for i,at in ends}
+        return f'Width: {len(self.radii)} radii, mean of {n_dirs} directions\n{_table(rows)}'
 
     def plot(self,
         panels=None, # Headings to draw, out of `values`. None: all
         axs=None, # matplotlib axes to draw into, one for each panel. None: a new figure
     ): # matplotlib figure
-        "Draw the mean of all directions, and single ones as thin lines. Raises ValueError for an unknown panel, or another number of axes than panels"
+        """Draw the mean of all directions, and single ones as thin lines.
+
+        Raises ValueError for an unknown panel, or another number of axes than panels."""
         heads = self._heads(panels)
         self.fig,axs = self._axes(heads, 4, 3.6, axs)
+        xlabel = 'radius, in norms of the filters' if self.filterwise else 'distance in weight space'
         for ax,head in zip(axs[0],heads):
             for i,(name,rays) in enumerate(self.values[head].items()):
                 rays,kw = np.where(np.isfinite(rays), rays, np.nan),_styles[i%len(_styles)]
                 ax.plot(self.radii, rays.T, color=kw['color'], lw=.5, alpha=.4)
                 ax.plot(self.radii, rays.mean(0), lw=2.2, label=name, **kw)
-            ax.set(xlabel='radius, in norms of the filters' if self.filterwise else 'distance in weight space', ylabel=head)
+            ax.set(xlabel=xlabel, ylabel=head)
             ax.legend(frameon=False)
             _plain(ax)
         return self.fig
@@ -509,13 +605,13 @@ class Width(_Picture):
 def width(
     learn:Learner, # The learner, with its data, loss and metrics; it is left as it was
     weights, # Sets of weights: a list, or a dict of name: weights
-    radius:float=None, # The farthest walk, above 0. None: half of the norm of the first set, or of each filter with `filterwise`
+    radius:float=None, # The farthest walk, above 0. None: half of the first set's norm, or of each filter's
     n:int=9, # Radii from 0 to `radius`, 2 or more
     n_dirs:int=8, # Random directions, 1 or more, the same for all sets
     filterwise:bool=False, # Scale each filter of a direction to that of the weights, and leave vectors alone
     seed:int=0, # Decides the directions
     metric=None, # Name of one of the learner's metrics. None: the first. False: none
-    n_train:int=2000, # Training items that BatchNorm and the training loss see, 1 or more, rounded up to whole batches. None: all
+    n_train:int=2000, # Training items for BatchNorm and training loss, 1 or more, in whole batches. None: all
     n_valid:int=2000, # Validation items. None: all
 )->Width: # What was measured
     """Measure losses at growing distances from sets of weights, with BatchNorm statistics of their own at each place.
@@ -523,40 +619,24 @@ def width(
     What a set of weights may be, how losses are measured and which errors are raised: see `plane`.
     Source: Izmailov et al. 2018, section 4.3 and figure 4; Li et al. 2018, section 4, for `filterwise`."""
     sets = _sets(weights)
-    if radius is not None: _number(radius, 'radius', least=0)
+    if radius is not None: radius = check_number(radius, 'radius', least=0)
     if radius==0: raise ValueError('radius=0: give a number above 0, or None')
-    _count(n, 'n', 2, none=False); _count(n_dirs, 'n_dirs', none=False)
-    if not isinstance(seed, Integral): raise TypeError(f'seed={seed!r}: give a whole number')
+    n,n_dirs = check_count(n, 'n', None, 2, none=False),check_count(n_dirs, 'n_dirs', None, none=False)
+    if not is_int(seed): raise TypeError(f'seed={seed!r}: give a whole number')
     ws = {k:_weights(learn, w, k) for k,w in sets.items()}
-    first = next(iter(ws.values()))
-    if radius is None: radius = .5 if filterwise else .5*_norm(first)
-    radii,gen = np.linspace(0, radius, n),torch.Generator().manual_seed(int(seed))    # on the CPU: the same directions on every device
+    if radius is None: radius = .5 if filterwise else .5*_norm(next(iter(ws.values())))
+    radii,dirs = np.linspace(0, radius, n),_random_dirs(ws, n_dirs, int(seed), filterwise)
     with _measuring(learn, metric, n_train, n_valid, len(ws)*(1+n_dirs*(n-1))) as measure:
-        start = {k:measure(w) for k,w in ws.items()}
-        rays = {k:[] for k in ws}
-        for _ in range(n_dirs):
-            raw = [torch.randn(o.shape, dtype=o.dtype, generator=gen).to(o.device) for o in first]
-            for k,w in ws.items():
-                d = _direction(raw, w, filterwise)
-                rays[k].append([start[k], *(measure(w, (r,d)) for r in radii[1:])])
-    return Width(radii, {h:{k:np.array([[o[h] for o in ray] for ray in rs]) for k,rs in rays.items()} for h in next(iter(start.values()))}, filterwise)
+        start,rays = {k:measure(w) for k,w in ws.items()},{k:[] for k in ws}
+        for k,d in dirs: rays[k].append([start[k], *(measure(ws[k], (r,d)) for r in radii[1:])])
+    heads = next(iter(start.values()))
+    values = {h:{k:np.array([[o[h] for o in ray] for ray in rs]) for k,rs in rays.items()} for h in heads}
+    return Width(radii, values, filterwise)
 
 # %% ../nbs/50_landscape.ipynb #93207826
-@delegates(Width.plot)
-def plot_width(
-    learn:Learner, # The learner
-    weights, # Sets of weights: a list, or a dict of name: weights
-    radius:float=None, # The farthest walk. None: half of the norm of the first set, or of each filter with `filterwise`
-    n:int=9, # Radii
-    n_dirs:int=8, # Random directions, the same for all sets
-    filterwise:bool=False, # Scale each filter of a direction to that of the weights, and leave vectors alone
-    seed:int=0, # Decides the directions
-    metric=None, # Name of a metric. None: the first. False: none
-    n_train:int=2000, # Training items. None: all
-    n_valid:int=2000, # Validation items. None: all
-    **kwargs # For `Width.plot`: panels, axs
-)->Width: # What was measured; its `fig` is the figure
-    "Measure and draw how fast losses rise around sets of weights: see `width` for the parameters and errors"
-    res = width(learn, weights, radius, n, n_dirs, filterwise, seed, metric, n_train, n_valid)
-    res.plot(**kwargs)
-    return res
+@_takes(width, Width.plot)
+def plot_width(*args, **kwargs)->Width: # What was measured; its `fig` is the figure
+    """Measure and draw how fast losses rise around sets of weights.
+
+    The parameters and errors are those of `width` and of `Width.plot` (panels, axs)."""
+    return _drawn(width, Width.plot, args, kwargs)

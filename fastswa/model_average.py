@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/27_model_average.ipynb #8bc02a3b
+# %% ../nbs/27_model_average.ipynb #eee40ccf
 import io
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,7 +20,7 @@ from .learner import measure_bn, trained_layers
 from .params import own_name, unwrap
 from .utils import is_int, is_num, uninterrupted
 
-# %% ../nbs/27_model_average.ipynb #10f4b52d
+# %% ../nbs/27_model_average.ipynb #589c2ead
 def copy_module(model):
     "A copy; what refuses to be copied, as it keeps tensors of its last forward pass, may still be written and read"
     try: return deepcopy(model)
@@ -104,7 +104,6 @@ class ModelAverage:
 
     def copy(self)->nn.Module:
         "A copy of the model with the average in it, in evaluation mode"
-        if self.applied: self.weights.check_applied()
         stats = BNStats([]) if self.stats is None else self.stats
         with uninterrupted(patience=1), self.weights.swapped(self.model), stats.swapped(): res = copy_module(self.model)
         res.zero_grad(set_to_none=True)
@@ -127,7 +126,7 @@ class ModelAverage:
         bn = None if stats is None else dict(zip(names(stats.layers), zip(stats.means, stats.vars)))
         return dict(self.weights.state_dict(), bn=bn, layers=None if self.layers is None else names(self.layers))
 
-# %% ../nbs/27_model_average.ipynb #fb5f5b87
+# %% ../nbs/27_model_average.ipynb #614c63ba
 def _check_saved_stats(bn, wrong):
     if not isinstance(bn, dict): wrong('its BatchNorm statistics are no dict')
     for k,o in bn.items():
@@ -138,15 +137,19 @@ def _check_saved_stats(bn, wrong):
 
 def check_saved(
     state, # Anything
-    name:str='SWA', # What kind of callback it should be of
+    name:str='SWA', # Name of the callback that it should be of
+    kind:str='swa', # What the callback's state says of its kind; files of 0.3.0 and 0.4.0 are of SWA and say nothing
 ):
     "TypeError or ValueError, with what is wrong, for what a callback's `state_dict` cannot have returned"
-    def wrong(what): raise ValueError(f'not the state of an {name} callback: {what}. Use an earlier copy of it, or begin anew')
+    def wrong(what):
+        raise ValueError(f'not the state of an {name} callback: {what}. Use an earlier copy of it, or begin anew')
     def numbers(o): return isinstance(o, (list,tuple)) and all(is_num(v) and v>=0 for v in o)
     if not isinstance(state, dict):
-        raise TypeError(f'not the state of an {name} callback but a {type(state).__name__}: give what state_dict() returned')
+        raise TypeError(f'not the state of an {name} callback but a {type(state).__name__}: '
+                        'give what state_dict() returned')
     missing = {'n','average','bn','layers','done','peaks','collected'}-set(state)
     if missing: wrong(f'it has no {sorted(missing)}')
+    if state.get('kind', 'swa')!=kind: wrong(f'it is that of a callback of another kind, {state.get("kind", "swa")!r}')
     for k in 'n','done','steps','taken_at':
         o = state.get(k, 0)
         if not is_int(o) or o<0: wrong(f'{k} is {o!r}, not a count')
@@ -183,9 +186,10 @@ class SavedAverage:
     applied,stats = False,None
     def __init__(self,
         state:dict, # From `state_dict` of a callback
-        name:str='SWA', # What kind of callback
+        name:str='SWA', # Name of the callback
+        kind:str='swa', # What its state says of its kind
     ):
-        check_saved(state, name)
+        check_saved(state, name, kind)
         self.state = dict(state)
 
     @property

@@ -434,7 +434,7 @@ def test_bar(monkeypatch):
         def __init__(self, *args): self.args = args; shown.append(self); self.n = []
         def update(self, i): self.n.append(i)
         def close(self): self.n.append('closed')
-    monkeypatch.setattr(landscape, 'LateBar', Bar)
+    monkeypatch.setattr(L_, 'LateBar', Bar)
     l,ws = made(plain_net())
     assert hasattr(l, 'progress')
     p = plane(l, ws, n=3, n_train=1, n_valid=1)
