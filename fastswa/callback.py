@@ -33,7 +33,7 @@ from .schedule import Cycles, check_cycles, check_lr, cycle_lr, group_lrs, sched
 from .utils import check_count, check_writable, is_int, is_num, plain_number, read_file, uninterrupted
 from .utils import warn_user, with_parameters, write_file
 
-# %% ../nbs/30_callback.ipynb #103bd009
+# %% ../nbs/30_callback.ipynb #3e352a05
 class AverageColumns:
     "The columns of an average in the table of one fit, and the trackers that watch them"
     def __init__(self,
@@ -88,7 +88,7 @@ class AverageColumns:
             if getattr(o, 'new_best', False): self.best[o] = n
         self.value_now = False
 
-# %% ../nbs/30_callback.ipynb #d4610762
+# %% ../nbs/30_callback.ipynb #fb599bfa
 class HoldsAverage(CycleCallback):
     "A callback with an average of the model, and what one asks it: put in, taken out, compared, copied, saved, loaded"
     _stateattrs = (*CycleCallback._stateattrs, '_average')
@@ -169,7 +169,7 @@ class HoldsAverage(CycleCallback):
         self._require_average(learn, 'compare')
         return compare_average(self._average, learn, dl, self.bn_batches, self.in_fit, self.prefix)
 
-# %% ../nbs/30_callback.ipynb #7767770e
+# %% ../nbs/30_callback.ipynb #12fd7bb0
 class SavesAverage(HoldsAverage):
     "Also copies of the average, and files of it, one at the end of each epoch if `save_to` names it"
     save_to = None
@@ -221,7 +221,7 @@ class SavesAverage(HoldsAverage):
         "Everything needed to go on in another process: count, mean, statistics, and what the fit has to get back"
         if isinstance(self._average, SavedAverage): return self._average.state_dict()
         avg = dict(n=0, average={}, bn=None, layers=None) if self._average is None else self._average.state_dict()
-        return dict(avg, kind=self.prefix, **(self.fit_state or FitState()).saved(), collected=list(self.collected))
+        return dict(avg, **(self.fit_state or FitState()).saved(), collected=list(self.collected))
 
     def load_state_dict(self,
         state:dict, # From `state_dict`
@@ -271,7 +271,7 @@ class SavesAverage(HoldsAverage):
                                    f'iterations ({e}): the training goes on, and the next epoch tries again. Until '
                                    'then a killed run goes on from the file before, if there is one')
 
-# %% ../nbs/30_callback.ipynb #6995e043
+# %% ../nbs/30_callback.ipynb #e8be00ec
 def check_average_args(eval_every, bn_batches, save_to, check, install):
     "TypeError or ValueError, with what to type instead, for what no fit could use; the numbers as Python's own"
     eval_every = plain_number(eval_every)
@@ -338,7 +338,7 @@ def warn_of_worse(cb, layers, mean, last, n_items):
                           f'{n_items} validation items{fair}. {cb.why_worse()} {cb.prefix}.restore(learn){then} puts '
                           f'back what the average replaced; {cb.prefix}.compare(learn) shows all of it.')
 
-# %% ../nbs/30_callback.ipynb #134a31d1
+# %% ../nbs/30_callback.ipynb #e4f9b5c8
 class AverageCallback(SavesAverage):
     "Averages weights in a fit: takes them, evaluates the average, and puts it into the model in the end"
     _stateattrs,_columns,install = (*SavesAverage._stateattrs, '_columns'),None,True
@@ -452,7 +452,43 @@ class AverageCallback(SavesAverage):
                 avg.rebase(best[cb])
                 self.collected = self.collected[:best[cb]]
 
-# %% ../nbs/30_callback.ipynb #b438671c
+# %% ../nbs/30_callback.ipynb #6f6f4822
+def warn_of_annealing(swa):
+    swa.warn_once('anneal', "the fit's own schedule anneals the learning rate to almost nothing while SWA averages "
+                            '(swa_lr=False): the mean of an annealing tail tends to be worse than its last weights. '
+                            'Use SWA(swa_lr=None), which holds half of the highest rate.')
+
+def warn_of_rates(swa, end, begin):
+    "Say so where the rates of the cycles can hardly be meant: arrays, one number per parameter group"
+    peak,sched = swa.fit_state.peaks.max(),swa.scheduled_lrs()
+    top = 0. if sched is None else sched.max()
+    if end.max()==0:
+        swa.warn_once('zero', 'the learning rate is 0 while SWA averages: the weights do not move, and there is '
+                              'nothing to average. Give swa_lr, or a later start')
+    elif swa.swa_lr is None and peak<top/2:
+        swa.warn_once('warmup', 'averaging begins while the schedule is still warming up: the rate has reached '
+                                f'{peak:.2g} of {top:.2g}, and SWA holds half of it. Give swa_lr, or a later start')
+    if begin is not None and (begin<end).any():
+        swa.warn_once('rising', f'swa_lr_max={swa.swa_lr_max} is below the rate that swa_lr={swa.swa_lr} means here '
+                                f'({end.max():.2g}): the rate rises within each cycle')
+
+def why_worse(learn, state):
+    "The likely reason why the mean of a walk is worse than its last weights, and what to change"
+    lrs = np.array(state.lrs[state.cycles.begin-state.done:])
+    third = len(lrs)//3
+    # not the end of a cycle, but of an annealing schedule
+    if third and lrs[-third:].max()<lrs[:third].max()/4:
+        return ('The rate fell so low that the weights hardly moved at the end, and the mean is of weights that were '
+                'on their way: hold the rate (swa_lr=None), or average later.')
+    losses = getattr(getattr(learn, 'recorder', None), 'losses', [])[state.cycles.begin-state.done:]
+    losses = np.array([float(o) for o in losses])
+    third = len(losses)//3
+    if third and losses[-third:].mean()<.99*losses[:third].mean():
+        return 'The training loss still falls, and a mean lags behind: train for more epochs, or begin later (start=).'
+    return ('The walk may be too short, or its rate too low for the weights to move around: '
+            'more epochs, a higher swa_lr.')
+
+# %% ../nbs/30_callback.ipynb #d126ddf2
 _elsewhere = dict(
     swa_start='start', swa_epoch_start='start', swa_lrs='swa_lr', lr='swa_lr', swa_freq='cycle_len, in epochs',
     swa_c_epochs='cycle_len', c_epochs='cycle_len', update_interval='cycle_len, in epochs', cycle_length='cycle_len',
@@ -496,42 +532,6 @@ def check_falling(swa_lr, swa_lr_max, rises):
     if rises:
         raise ValueError(f'swa_lr_max={swa_lr_max} is below swa_lr={swa_lr}: '
                          'a cycle begins at swa_lr_max and falls to swa_lr, swap them')
-
-# %% ../nbs/30_callback.ipynb #f26a3d0e
-def warn_of_annealing(swa):
-    swa.warn_once('anneal', "the fit's own schedule anneals the learning rate to almost nothing while SWA averages "
-                            '(swa_lr=False): the mean of an annealing tail tends to be worse than its last weights. '
-                            'Use SWA(swa_lr=None), which holds half of the highest rate.')
-
-def warn_of_rates(swa, end, begin):
-    "Say so where the rates of the cycles can hardly be meant: arrays, one number per parameter group"
-    peak,sched = swa.fit_state.peaks.max(),swa.scheduled_lrs()
-    top = 0. if sched is None else sched.max()
-    if end.max()==0:
-        swa.warn_once('zero', 'the learning rate is 0 while SWA averages: the weights do not move, and there is '
-                              'nothing to average. Give swa_lr, or a later start')
-    elif swa.swa_lr is None and peak<top/2:
-        swa.warn_once('warmup', 'averaging begins while the schedule is still warming up: the rate has reached '
-                                f'{peak:.2g} of {top:.2g}, and SWA holds half of it. Give swa_lr, or a later start')
-    if begin is not None and (begin<end).any():
-        swa.warn_once('rising', f'swa_lr_max={swa.swa_lr_max} is below the rate that swa_lr={swa.swa_lr} means here '
-                                f'({end.max():.2g}): the rate rises within each cycle')
-
-def why_worse(learn, state):
-    "The likely reason why the mean of a walk is worse than its last weights, and what to change"
-    lrs = np.array(state.lrs[state.cycles.begin-state.done:])
-    third = len(lrs)//3
-    # not the end of a cycle, but of an annealing schedule
-    if third and lrs[-third:].max()<lrs[:third].max()/4:
-        return ('The rate fell so low that the weights hardly moved at the end, and the mean is of weights that were '
-                'on their way: hold the rate (swa_lr=None), or average later.')
-    losses = getattr(getattr(learn, 'recorder', None), 'losses', [])[state.cycles.begin-state.done:]
-    losses = np.array([float(o) for o in losses])
-    third = len(losses)//3
-    if third and losses[-third:].mean()<.99*losses[:third].mean():
-        return 'The training loss still falls, and a mean lags behind: train for more epochs, or begin later (start=).'
-    return ('The walk may be too short, or its rate too low for the weights to move around: '
-            'more epochs, a higher swa_lr.')
 
 # %% ../nbs/30_callback.ipynb #649d5b72
 @with_parameters

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/28_cycle.ipynb #88e5df72
+# %% ../nbs/28_cycle.ipynb #d4a732bb
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from .params import unwrap
 from .schedule import Cycles, draw_sched, fit_positions
 from .utils import uninterrupted, warn_user
 
-# %% ../nbs/28_cycle.ipynb #1cca1fc8
+# %% ../nbs/28_cycle.ipynb #2cf4274a
 @dataclass
 class FitState:
     "What a callback knows of one fit"
@@ -34,7 +34,7 @@ class FitState:
     cycles:Cycles=None              # Where cycles end; None before training has begun
     epoch:int=-1                    # The epoch at hand
     done:int=0                      # Iterations done
-    steps:int=0                     # Steps that the optimizer has really made
+    steps:int=0                     # Steps that the optimizer has really made, where somebody counts them
     first_iter:int=0                # Iterations that were done before this process went on with the fit
     next_collect:float=math.inf     # Iterations done when weights are taken next
     stepped:bool=False              # Whether there is anything new to take
@@ -78,7 +78,8 @@ class FitState:
     def saved(self)->dict:
         "What a fit that goes on has to get back"
         peaks,moms = (None if o is None else [float(v) for v in o] for o in (self.peaks,self.held_moms))
-        return dict(done=self.done, steps=self.steps, taken_at=self.taken_at, peaks=peaks, moms=moms)
+        res = dict(done=self.done, peaks=peaks, moms=moms)
+        return dict(res, steps=self.steps, taken_at=self.taken_at) if self.steps else res
 
     def go_on(self, saved):
         "Take over what `saved` has returned, in another process perhaps; files of 0.3.0 have less"
@@ -87,7 +88,7 @@ class FitState:
         self.held_moms = None if moms is None else list(moms)
         self.done,self.steps,self.taken_at = saved['done'],saved.get('steps', 0),saved.get('taken_at', 0)
 
-# %% ../nbs/28_cycle.ipynb #2d9ea197
+# %% ../nbs/28_cycle.ipynb #16800d51
 def get_sched(
     learn:Learner, # In a fit
     name:str, # Of a hyper-parameter, such as 'lr'
@@ -120,7 +121,7 @@ def start_epoch(learn):
     "The epoch that this fit goes on from, its `start_epoch`"
     return max([cb._skip_to for cb in learn._grab_cbs(SkipToEpoch)], default=0)
 
-# %% ../nbs/28_cycle.ipynb #491b45f4
+# %% ../nbs/28_cycle.ipynb #31504b5e
 class FineTunePhase(Callback):
     "Tells the callbacks of a `fine_tune` whether its body is frozen"
     def __init__(self): self.frozen = True
@@ -136,7 +137,7 @@ _fine_tune = Learner.fine_tune
 def fine_tune(self:Learner, *args, cbs=None, **kwargs):
     return _fine_tune(self, *args, cbs=[FineTunePhase(), *L(cbs)], **kwargs)
 
-# %% ../nbs/28_cycle.ipynb #5da86b72
+# %% ../nbs/28_cycle.ipynb #68e36fed
 def stands_for_export(cb):
     "What pickle makes of a callback of a learner that `export` has emptied; None for any other"
     dls = getattr(cb.learn, 'dls', None)
@@ -197,7 +198,7 @@ class CallbackWithHelpers(Callback):
             raise ValueError(f'this {type(self).__name__} is attached to the learner already, or passed twice: '
                              'do not pass it to fit as well')
 
-# %% ../nbs/28_cycle.ipynb #7613a0a4
+# %% ../nbs/28_cycle.ipynb #9d085ba4
 class CycleHooks(CallbackWithHelpers):
     "The state of a fit, and what a subclass of `CycleCallback` may fill in; hooks do here what they do by default"
     _stateattrs = 'fit_state','_coming','collected','paused'
@@ -228,7 +229,7 @@ class CycleHooks(CallbackWithHelpers):
         "Draw the learning rate of the last fit, a dot where weights were collected. Raises RuntimeError before a fit"
         state = self.fit_state
         if state is None or not state.lrs: raise RuntimeError(f'nothing to draw before a fit{self.draw_hint()}')
-        ends = [o for o in self.collected if o>state.first_iter]
+        ends = [o for o in self.drawn_points() if o>state.first_iter]
         return draw_sched([*[math.nan]*state.first_iter, *state.lrs], self.drawn_cycles(), ends, ax)
 
     def verb(self)->str:
@@ -278,6 +279,10 @@ class CycleHooks(CallbackWithHelpers):
         "Where a picture of the rate has no line: across the end of a cycle, where the rate jumps"
         return self.fit_state.cycles
 
+    def drawn_points(self)->list:
+        "Iterations at which a picture of the rate has a dot"
+        return self.collected
+
     def any_begins(self, frozen): "Also before what is no fit; `frozen`: whether it is the frozen part of a `fine_tune`"
     def fit_begins(self, frozen): "Before a fit, which may still turn out to be a `tta`"
     def training_begins(self): "The plan is made, training is about to begin"
@@ -285,7 +290,7 @@ class CycleHooks(CallbackWithHelpers):
     def training_ends(self): "The fit is over, and nothing of it is dismantled yet"
     def last_of_all(self): "After everything else at the end of the fit"
 
-# %% ../nbs/28_cycle.ipynb #804b4918
+# %% ../nbs/28_cycle.ipynb #b73920f9
 def find_lr_leader(cb):
     "Whose learning rates the fit of `cb` has: None if its own, or nobody's. ValueError where two would set them"
     all_ = [o for o in cb.learn.cbs if isinstance(o, CycleCallback)]
@@ -330,7 +335,7 @@ def pause_trackers(cb, pause):
     cb.paused = [o for o in cb.learn._grab_cbs(TrackerCallback) if o.run] if pause else []
     for o in cb.paused: o.run = False
 
-# %% ../nbs/28_cycle.ipynb #482c39e7
+# %% ../nbs/28_cycle.ipynb #ab94747f
 class CycleCallback(CycleHooks):
     "Goes through the iterations of a fit, sets the learning rate in its cycles, and takes the weights where one ends"
     # after the Recorder has written its columns, before anything reads or prints them
@@ -388,12 +393,6 @@ class CycleCallback(CycleHooks):
         opt.set_hyper('lr', [float(o) for o in lrs])
         # a momentum that went on following 1cycle would not fit a rate that doesn't
         if state.held_moms is not None: opt.set_hyper('mom', state.held_moms)
-
-    def after_cancel_step(self):
-        if self.in_fit: self.fit_state.steps -= 1          # `after_step` comes all the same
-
-    def after_step(self):
-        if self.in_fit: self.fit_state.steps += 1
 
     def after_batch(self):
         if not self.in_fit: return

@@ -18,7 +18,7 @@ from .learner import is_out_of_memory, measure_bn_within_memory, trained_layers
 from .members import MemberFolder, MemberStore, check_goes_on, make_member, swapped_state
 from .params import is_ddp, unwrap
 from .processes import together
-from .schedule import Cycles, check_cycles, check_lr, group_lrs
+from .schedule import Cycles, check_cycles, check_lr, group_lrs, iters_before
 from .utils import check_count, is_int, is_num, plain_number, uninterrupted, with_parameters
 from .voting import Committee
 
@@ -82,7 +82,7 @@ def fge_cycles(
     n_epoch,n_iter = plain_number(n_epoch),plain_number(n_iter)
     start,cycle_len = plain_number(start),plain_number(cycle_len)
     total = n_epoch*n_iter
-    left = total-(start*n_iter if is_int(start) else int(start*total+1e-9))
+    left = total-iters_before(start, n_epoch, n_iter)
     if left<=0: return Cycles(total, (), n_iter)
     half = max(1, int(min(4*n_iter, left/4.5)/2) if cycle_len is None else round(cycle_len*n_iter/2))
     n = (left+half)//(2*half)           # n cycles, half of the last one left out, take (2n-1) halves

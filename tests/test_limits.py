@@ -71,7 +71,7 @@ def ruff(path, source):
     r = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format', 'concise', '--stdin-filename', path, '-'],
                        input=source, cwd=root, text=True, capture_output=True)
     assert r.returncode in (0,1), r.stderr
-    return re.findall(rf'^{path}:(.*): ([A-Z]+[0-9]+) ', r.stdout, re.M)
+    return re.findall(rf'^{path}:(.*): ([A-Z]+[0-9]+|invalid-syntax)\b', r.stdout, re.M)
 
 @pytest.mark.parametrize('code,bad,good', [
     ('E501', 'x = '+'[1, '*40+']'*40, 'x = 1'),
@@ -85,6 +85,11 @@ def ruff(path, source):
 ])
 def test_ruff(code, bad, good, path='fastswa/x.py'):
     assert [o for _,o in ruff(path, bad+'\n')]==[code] and ruff(path, good+'\n')==[]
+
+def test_ruff_knows_the_oldest_python():
+    "The one that settings.ini admits: quotes within the same quotes are an error there"
+    assert ruff('fastswa/x.py', "d = {}\nx = f'{d['a']}'\n") and not ruff('fastswa/x.py', "d = {}\nx = f'{d[\"a\"]}'\n")
+    assert 'min_python = 3.10\n' in (root/'settings.ini').read_text() and 'target-version = "py310"' in (root/'pyproject.toml').read_text()
 
 def notebook(*cells):
     return json.dumps(dict(cells=[dict(cell_type='code', id=f'c{i}', metadata={}, source=o, outputs=[], execution_count=None) for i,o in enumerate(cells)],
