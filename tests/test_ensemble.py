@@ -2,6 +2,7 @@
 import gc, math, pickle, signal, sys
 from copy import deepcopy
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest, torch
 import torch.nn.functional as F
