@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMA']
 
-# %% ../nbs/35_ema.ipynb #e376578a
+# %% ../nbs/35_ema.ipynb #649564a8
 from fastcore.meta import delegates
 
 from .average import WeightAverage
@@ -13,7 +13,7 @@ from .callback import AverageCallback
 from .schedule import Cycles, check_cycles, iters_before
 from .utils import check_count, check_number, plain_number, with_parameters
 
-# %% ../nbs/35_ema.ipynb #75d5db35
+# %% ../nbs/35_ema.ipynb #e45f1586
 class EMAverage(WeightAverage):
     "Exponential moving average: each update leaves `decay` of what was there, with `warmup` less in the beginning"
     def __init__(self, model, warmup=True, decay=.999):
@@ -25,7 +25,7 @@ class EMAverage(WeightAverage):
 
     def state_dict(self): return dict(super().state_dict(), kind='ema')
 
-# %% ../nbs/35_ema.ipynb #49525d24
+# %% ../nbs/35_ema.ipynb #284caa11
 @with_parameters
 class EMA(AverageCallback):
     """Exponential moving average: after the fit `learn.model` predicts with an average in which each optimizer step
