@@ -185,10 +185,9 @@ def width(learn, ends, seed):
     g = torch.Generator().manual_seed(seed)
     rays = [[torch.randn(p.shape, generator=g) for p in learn.model.parameters()] for _ in range(3)]
     rays = [[o/torch.sqrt(sum((x*x).sum() for x in ray)) for o in ray] for ray in rays]
-    def around(ws, r):
-        res = mean_of([at(learn, [w+r*d for w,d in zip(ws,ray)]) for ray in rays])
-        return {k:res[k] for k in ('err','loss')}
-    return {k:{r:around(ws, r) for r in (2.,4.,8.)} for k,ws in ends.items()}
+    # each measure has passes of its own, as the stored numbers had: a pass leaves the next one other batches
+    def around(ws, r, m): return float(np.mean([at(learn, [w+r*d for w,d in zip(ws,ray)])[m] for ray in rays]))
+    return {k:{r:{m:around(ws, r, m) for m in ('err','loss')} for r in (2.,4.,8.)} for k,ws in ends.items()}
 
 def run(make, epochs, lr, seed, extra=False, **_):
     "Scores of every method, and of places around their weights"

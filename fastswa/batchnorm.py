@@ -39,7 +39,7 @@ def merge_moments(
     n,d = n_a+n_b,mean_b-mean_a
     return n,mean_a+d*(n_b/n),m2_a+m2_b+d*d*(n_a*n_b/n)
 
-# %% ../nbs/20_batchnorm.ipynb #5a189e4c
+# %% ../nbs/20_batchnorm.ipynb #77792a43
 class Moments:
     "Count, mean and sum of squared deviations of what several layers have seen, per channel, in float64"
     def __init__(self,
@@ -153,7 +153,7 @@ class BNStats:
                 yield self
             finally: own.install()
 
-# %% ../nbs/20_batchnorm.ipynb #4e985864
+# %% ../nbs/20_batchnorm.ipynb #d1f3331c
 class _LastLayerSeen(CancelBatchException): "The rest of this forward pass is of no use"
 
 class _LayerHooks:
@@ -169,6 +169,7 @@ class _LayerHooks:
 
     @torch.no_grad()
     def before(self, k, m, args, kwargs):
+        "Layer `k`, which is `m`, is about to be used: note how many values per channel it will see"
         if k in self.pending:                        # used before in this same pass
             self.each_once = False
             self.merge([k])
@@ -178,6 +179,7 @@ class _LayerHooks:
         else: self.pending[k] = n
 
     def after(self, k, m, *_):
+        "Layer `k` has been used: end the pass if it was the last"
         m.training = True
         if self.may_stop and self.each_once and len(self.pending)==len(self.layers): raise _LastLayerSeen()
 
@@ -200,6 +202,7 @@ class _LayerHooks:
         self.moments.add(ks, n, torch.cat(mean), torch.cat(var))
 
     def batch_done(self):
+        "A forward pass is over, or was ended"
         if self.each_once is None: self.each_once = len({*self.pending, *self.single})==len(self.layers)
         if self.pending: self.merge(sorted(self.pending))
         self.single.clear()
@@ -238,7 +241,7 @@ def preserve_modes(
     try: yield
     finally: set_modes(modes)
 
-# %% ../nbs/20_batchnorm.ipynb #6c974f1a
+# %% ../nbs/20_batchnorm.ipynb #b83ac367
 _no_batch = 'the DataLoader gave no batch (fewer items than a batch, and drop_last?)'
 
 class BNMeter:
@@ -324,7 +327,7 @@ def force_eager(model):
     if not (hasattr(torch.compiler,'set_stance') and any(map(is_compiled, model.modules()))): return nullcontext()
     return torch.compiler.set_stance('force_eager')
 
-# %% ../nbs/20_batchnorm.ipynb #25ac36c0
+# %% ../nbs/20_batchnorm.ipynb #b6a35a29
 def check_dl(
     dl, # What was given for a loader
     call:str, # What was typed, with {} in the place of the loader
@@ -352,7 +355,7 @@ def _is_shared(model, dl, sync):
                   'update_bn(..., sync=True) in all of them; sync=False does without this warning')
     return shared
 
-# %% ../nbs/20_batchnorm.ipynb #6dde8955
+# %% ../nbs/20_batchnorm.ipynb #6309192a
 def _bar(dl, n_batches, show):
     "A progress bar for `n_batches` of `dl`, none for a loader that has no end in sight"
     known = [o for o in (dl_len(dl), n_batches) if o is not None]

@@ -33,7 +33,7 @@ from .schedule import Cycles, check_cycles, check_lr, cycle_lr, group_lrs, sched
 from .utils import check_count, check_writable, is_int, is_num, plain_number, read_file, uninterrupted
 from .utils import warn_user, with_parameters, write_file
 
-# %% ../nbs/30_callback.ipynb #3e352a05
+# %% ../nbs/30_callback.ipynb #1e0384b7
 class AverageColumns:
     "The columns of an average in the table of one fit, and the trackers that watch them"
     def __init__(self,
@@ -88,7 +88,7 @@ class AverageColumns:
             if getattr(o, 'new_best', False): self.best[o] = n
         self.value_now = False
 
-# %% ../nbs/30_callback.ipynb #fb599bfa
+# %% ../nbs/30_callback.ipynb #4ee8fc25
 class HoldsAverage(CycleCallback):
     "A callback with an average of the model, and what one asks it: put in, taken out, compared, copied, saved, loaded"
     _stateattrs = (*CycleCallback._stateattrs, '_average')
@@ -169,7 +169,7 @@ class HoldsAverage(CycleCallback):
         self._require_average(learn, 'compare')
         return compare_average(self._average, learn, dl, self.bn_batches, self.in_fit, self.prefix)
 
-# %% ../nbs/30_callback.ipynb #12fd7bb0
+# %% ../nbs/30_callback.ipynb #f0f53e07
 class SavesAverage(HoldsAverage):
     "Also copies of the average, and files of it, one at the end of each epoch if `save_to` names it"
     save_to = None
@@ -271,7 +271,7 @@ class SavesAverage(HoldsAverage):
                                    f'iterations ({e}): the training goes on, and the next epoch tries again. Until '
                                    'then a killed run goes on from the file before, if there is one')
 
-# %% ../nbs/30_callback.ipynb #e8be00ec
+# %% ../nbs/30_callback.ipynb #7c8bad02
 def check_average_args(eval_every, bn_batches, save_to, check, install):
     "TypeError or ValueError, with what to type instead, for what no fit could use; the numbers as Python's own"
     eval_every = plain_number(eval_every)
@@ -338,7 +338,7 @@ def warn_of_worse(cb, layers, mean, last, n_items):
                           f'{n_items} validation items{fair}. {cb.why_worse()} {cb.prefix}.restore(learn){then} puts '
                           f'back what the average replaced; {cb.prefix}.compare(learn) shows all of it.')
 
-# %% ../nbs/30_callback.ipynb #e4f9b5c8
+# %% ../nbs/30_callback.ipynb #71fa596c
 class AverageCallback(SavesAverage):
     "Averages weights in a fit: takes them, evaluates the average, and puts it into the model in the end"
     _stateattrs,_columns,install = (*SavesAverage._stateattrs, '_columns'),None,True
@@ -452,7 +452,7 @@ class AverageCallback(SavesAverage):
                 avg.rebase(best[cb])
                 self.collected = self.collected[:best[cb]]
 
-# %% ../nbs/30_callback.ipynb #6f6f4822
+# %% ../nbs/30_callback.ipynb #99385910
 def warn_of_annealing(swa):
     swa.warn_once('anneal', "the fit's own schedule anneals the learning rate to almost nothing while SWA averages "
                             '(swa_lr=False): the mean of an annealing tail tends to be worse than its last weights. '
@@ -488,7 +488,7 @@ def why_worse(learn, state):
     return ('The walk may be too short, or its rate too low for the weights to move around: '
             'more epochs, a higher swa_lr.')
 
-# %% ../nbs/30_callback.ipynb #d126ddf2
+# %% ../nbs/30_callback.ipynb #a9a926e0
 _elsewhere = dict(
     swa_start='start', swa_epoch_start='start', swa_lrs='swa_lr', lr='swa_lr', swa_freq='cycle_len, in epochs',
     swa_c_epochs='cycle_len', c_epochs='cycle_len', update_interval='cycle_len, in epochs', cycle_length='cycle_len',
@@ -566,7 +566,8 @@ class SWA(AverageCallback):
         **kwargs, # eval_every, bn_batches, save_to, check, install
     ):
         super().__init__(**kwargs)
-        start,cycle_len,swa_lr,swa_lr_max = map(plain_number, (start, cycle_len, swa_lr, swa_lr_max))
+        start,cycle_len = plain_number(start),plain_number(cycle_len)
+        swa_lr,swa_lr_max = plain_number(swa_lr),plain_number(swa_lr_max)
         check_swa_args(start, swa_lr, cycle_len, swa_lr_max, sched)
         self.start,self.swa_lr,self.cycle_len = start,swa_lr,cycle_len
         self.swa_lr_max,self.sched = swa_lr_max,sched

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/67_commands.ipynb #fe544579
-import os, signal, sys
+import argparse, os, shutil, signal, sys, textwrap
 from importlib import import_module
 
 # %% ../nbs/67_commands.ipynb #d544ea79
@@ -38,3 +38,32 @@ def run_command(
 # %% ../nbs/67_commands.ipynb #e8b3e8a9
 def demo(): return run_command('demo')
 def cifar(): return run_command('cifar')
+
+# %% ../nbs/67_commands.ipynb #b96ed4cf
+class CommandParser(argparse.ArgumentParser):
+    "A parser that says in one line what is wrong, without the usage"
+    def error(self, message): self.exit(2, f'{self.prog}: {message}\n')
+
+def whole_number(
+    least:int, # The smallest that will do
+    why:str='', # What to add where a number is too small
+): # Function of a string, for argparse
+    "argparse type: a whole number, not too small"
+    def _inner(s):
+        try: n = int(s)
+        except ValueError: raise argparse.ArgumentTypeError(f'{s!r} is not a whole number')
+        if n<least: raise argparse.ArgumentTypeError(f'give {least} or more, not {n}{why}')
+        return n
+    return _inner
+
+# %% ../nbs/67_commands.ipynb #ab0f0162
+def screen_width()->int: # From 20 to 96
+    "Columns of the screen"
+    return min(max(shutil.get_terminal_size((96,24)).columns, 20), 96)
+
+def wrap_text(
+    s:str, # A paragraph
+    width:int=96, # Columns of the screen
+)->str: # Lines of text; a word that is longer than a line is left whole
+    "A paragraph in lines"
+    return textwrap.fill(s, width, break_long_words=False, break_on_hyphens=False)

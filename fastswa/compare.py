@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/29_compare.ipynb #9424d76f
+# %% ../nbs/29_compare.ipynb #86cd7ad7
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .model_average import ModelAverage
 from .params import unwrap
 from .utils import uninterrupted
 
-# %% ../nbs/29_compare.ipynb #3231bb66
+# %% ../nbs/29_compare.ipynb #03f75795
 def compare_average(
     average:ModelAverage, # With at least one snapshot
     learn:Learner, # Whose model it is made for
@@ -57,8 +57,8 @@ def compare_average(
     index = ['last weights', 'last weights, statistics measured', 'average']
     return pd.DataFrame(rows, columns=['loss', *(m.name for m in metrics)], index=index)
 
-# %% ../nbs/29_compare.ipynb #41bc4698
-def _worker_owner(dl): return getattr(dl, 'fake_l', dl)           # fastai's loaders leave their workers to one of torch's
+# %% ../nbs/29_compare.ipynb #3d9cf47c
+def _worker_owner(dl): return getattr(dl, 'fake_l', dl)     # fastai's loaders leave their workers to one of torch's
 
 def _n_items(dl):
     "Items that this process reads in an epoch"
@@ -66,7 +66,7 @@ def _n_items(dl):
     return min(getattr(dl, 'n', None) or most, most)
 
 def some_batches(dl, n, at_least):
-    "A loader of the data of `dl` and how many of its batches have `n` items at most, `at_least` of them; None: none"
+    "A loader of the data of `dl`, and how many of its batches (`at_least`) have `n` items at most. None: it has none"
     bs = batch_size(dl)
     if not bs or not dl_len(dl): return None
     if bs*at_least<=n: return dl,min(n//bs, len(dl))
@@ -109,16 +109,17 @@ class FairCheck:
 
     def losses(self, train, valid, stats=None):
         "Loss of the model's present weights in each validation batch, with `stats` or those of the training batches"
-        (dl,n),(valid_dl,n_valid) = train,valid
         if stats is None:
+            dl,n = train
             stats = measure_bn(self.learn, self.average.layers, dl=dl, n_batches=n, inner=True) or BNStats([])
-        with stats.swapped():
-            return np.array(score(self.learn, dl=valid_dl, n_batches=n_valid, comment='check', inner=True).losses)
+        dl,n = valid
+        with stats.swapped(): return np.array(score(self.learn, dl=dl, n_batches=n, comment='check', inner=True).losses)
 
     def __call__(self)->tuple: # Loss of the average, of the last weights, number of items. None: not worse, or unknown
         parts = self.parts()
         if parts is None: return None
-        (train,n_train),(valid,n_valid) = parts
+        train,n_train = parts[0]
+        valid,n_valid = parts[1]
         whole = train is self.learn.dls.train and n_train==len(train) and self.n_batches is None
         with warnings.catch_warnings(), without_workers(train, valid):
             warnings.simplefilter('ignore')                      # what there is to say of the statistics has been said

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/28_cycle.ipynb #d4a732bb
+# %% ../nbs/28_cycle.ipynb #b8723054
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from .params import unwrap
 from .schedule import Cycles, draw_sched, fit_positions
 from .utils import uninterrupted, warn_user
 
-# %% ../nbs/28_cycle.ipynb #2cf4274a
+# %% ../nbs/28_cycle.ipynb #1a7da7e0
 @dataclass
 class FitState:
     "What a callback knows of one fit"
@@ -88,7 +88,7 @@ class FitState:
         self.held_moms = None if moms is None else list(moms)
         self.done,self.steps,self.taken_at = saved['done'],saved.get('steps', 0),saved.get('taken_at', 0)
 
-# %% ../nbs/28_cycle.ipynb #16800d51
+# %% ../nbs/28_cycle.ipynb #bf5a2af9
 def get_sched(
     learn:Learner, # In a fit
     name:str, # Of a hyper-parameter, such as 'lr'
@@ -102,7 +102,8 @@ def derive_from_sched(
     it:int, # The iteration it goes on from
 ):
     "Highest rates and held momentum of a fit that had made the iterations before `it`; what is known already stays"
-    n,begin,lr,mom = len(learn.opt.hypers),state.cycles.begin,get_sched(learn, 'lr'),get_sched(learn, 'mom')
+    n,begin = len(learn.opt.hypers),state.cycles.begin
+    lr,mom = get_sched(learn, 'lr'),get_sched(learn, 'mom')
     at = fit_positions(learn.n_epoch, state.cycles.n_iter, min(it, begin+1))
     if state.peaks is None and lr is not None:
         state.peaks = np.array(np.broadcast_to(np.max([lr(p) for p in at], axis=0), n), dtype=float)
@@ -121,7 +122,7 @@ def start_epoch(learn):
     "The epoch that this fit goes on from, its `start_epoch`"
     return max([cb._skip_to for cb in learn._grab_cbs(SkipToEpoch)], default=0)
 
-# %% ../nbs/28_cycle.ipynb #31504b5e
+# %% ../nbs/28_cycle.ipynb #1909d7a9
 class FineTunePhase(Callback):
     "Tells the callbacks of a `fine_tune` whether its body is frozen"
     def __init__(self): self.frozen = True
@@ -137,7 +138,7 @@ _fine_tune = Learner.fine_tune
 def fine_tune(self:Learner, *args, cbs=None, **kwargs):
     return _fine_tune(self, *args, cbs=[FineTunePhase(), *L(cbs)], **kwargs)
 
-# %% ../nbs/28_cycle.ipynb #68e36fed
+# %% ../nbs/28_cycle.ipynb #ddba2e5b
 def stands_for_export(cb):
     "What pickle makes of a callback of a learner that `export` has emptied; None for any other"
     dls = getattr(cb.learn, 'dls', None)
@@ -198,7 +199,7 @@ class CallbackWithHelpers(Callback):
             raise ValueError(f'this {type(self).__name__} is attached to the learner already, or passed twice: '
                              'do not pass it to fit as well')
 
-# %% ../nbs/28_cycle.ipynb #9d085ba4
+# %% ../nbs/28_cycle.ipynb #8d0b8c0b
 class CycleHooks(CallbackWithHelpers):
     "The state of a fit, and what a subclass of `CycleCallback` may fill in; hooks do here what they do by default"
     _stateattrs = 'fit_state','_coming','collected','paused'
@@ -290,7 +291,7 @@ class CycleHooks(CallbackWithHelpers):
     def training_ends(self): "The fit is over, and nothing of it is dismantled yet"
     def last_of_all(self): "After everything else at the end of the fit"
 
-# %% ../nbs/28_cycle.ipynb #b73920f9
+# %% ../nbs/28_cycle.ipynb #d8c94c06
 def find_lr_leader(cb):
     "Whose learning rates the fit of `cb` has: None if its own, or nobody's. ValueError where two would set them"
     all_ = [o for o in cb.learn.cbs if isinstance(o, CycleCallback)]
@@ -335,7 +336,7 @@ def pause_trackers(cb, pause):
     cb.paused = [o for o in cb.learn._grab_cbs(TrackerCallback) if o.run] if pause else []
     for o in cb.paused: o.run = False
 
-# %% ../nbs/28_cycle.ipynb #ab94747f
+# %% ../nbs/28_cycle.ipynb #ebf66d7c
 class CycleCallback(CycleHooks):
     "Goes through the iterations of a fit, sets the learning rate in its cycles, and takes the weights where one ends"
     # after the Recorder has written its columns, before anything reads or prints them

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMA']
 
-# %% ../nbs/35_ema.ipynb #d78e0cfc
+# %% ../nbs/35_ema.ipynb #649564a8
 from fastcore.meta import delegates
 
 from .average import WeightAverage
@@ -13,7 +13,7 @@ from .callback import AverageCallback
 from .schedule import Cycles, check_cycles, iters_before
 from .utils import check_count, check_number, plain_number, with_parameters
 
-# %% ../nbs/35_ema.ipynb #52adcf3c
+# %% ../nbs/35_ema.ipynb #e45f1586
 class EMAverage(WeightAverage):
     "Exponential moving average: each update leaves `decay` of what was there, with `warmup` less in the beginning"
     def __init__(self, model, warmup=True, decay=.999):
@@ -25,7 +25,7 @@ class EMAverage(WeightAverage):
 
     def state_dict(self): return dict(super().state_dict(), kind='ema')
 
-# %% ../nbs/35_ema.ipynb #96563627
+# %% ../nbs/35_ema.ipynb #284caa11
 @with_parameters
 class EMA(AverageCallback):
     """Exponential moving average: after the fit `learn.model` predicts with an average in which each optimizer step
@@ -45,6 +45,7 @@ class EMA(AverageCallback):
     ):
         super().__init__(**kwargs)
         check_cycles(start, None)
+        if not isinstance(warmup, bool): raise TypeError(f'warmup={warmup!r}: give True or False')
         self.half_life,self.start,self.warmup = check_number(half_life, 'half_life', 1e-9),plain_number(start),warmup
         self.every = check_count(every, 'every', 'steps', none=False)
         self.decay = None if decay is None else check_number(decay, 'decay', 0)

@@ -76,7 +76,7 @@ class _LeaveAutocast(Callback):
         self.entered = False
         for cb in self.mixed: cb('after_loss')
 
-# %% ../nbs/25_learner.ipynb #b7d0cc02
+# %% ../nbs/25_learner.ipynb #df1fa32c
 def _tell(learn, event):
     "All callbacks hear of `event`: one that cancels means no side pass, and those after it have things to prepare"
     for cb in learn.cbs.sorted('order'):
@@ -221,7 +221,7 @@ class BNMeterCallback(Callback):
         self.meter.batch_done()
         if self.learn.iter+1==self.n_batches: raise CancelValidException()
 
-# %% ../nbs/25_learner.ipynb #9cb18374
+# %% ../nbs/25_learner.ipynb #c1ced821
 _known = CastToTensor,MixedPrecision,NonNativeMixedPrecision,ModelResetter,RNNCallback,HookCallback,ActivationStats
 
 def _is_known(cb): return type(cb) in _known or is_distributed(cb)
@@ -243,7 +243,7 @@ def _is_shared(learn, dl):
     "Whether all processes measure together, each its part of the data"
     return world_size()>1 and (is_ddp(learn.model) or any(map(is_distributed, learn.cbs)) or is_sharded(dl))
 
-# %% ../nbs/25_learner.ipynb #9218404b
+# %% ../nbs/25_learner.ipynb #9950e8cd
 def measure_bn(
     learn:Learner, # The learner, perhaps in the middle of a fit
     layers:list, # BatchNorm layers to measure

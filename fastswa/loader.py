@@ -45,7 +45,7 @@ def _walk(o, seen):
             v = vars(o).get(k)
             if not (k=='dataset' and _is_list(v)): yield from _walk(v, seen)      # such a list holds items
 
-# %% ../nbs/12_loader.ipynb #33d6c288
+# %% ../nbs/12_loader.ipynb #fcec4fa6
 def set_attrs(o, attrs):
     "Give `o` these attributes and no others"
     vars(o).clear()
@@ -95,7 +95,7 @@ def _preserve_global():
         random.setstate(py)
         np.random.set_state(npy)
 
-# %% ../nbs/12_loader.ipynb #07998e40
+# %% ../nbs/12_loader.ipynb #55d3da06
 @contextmanager
 def preserve_rng(
     *dls, # DataLoaders (fastai's or torch's) whose own random state is to be kept too
@@ -157,5 +157,5 @@ def _unpadded_idxs(dl):
 
 def drop_padding(dl):
     """In the next iteration of `dl`, fastai's `DistributedDL` leaves out the items that it repeats to give each
-    process as many. One that drops its last batch drops items anyway, and any other loader is left as it is"""
+    process as many. One that drops its last batch drops items anyway, and any other loader is left as it is."""
     if is_a(dl, 'DistributedDL') and not dl.drop_last: dl.get_idxs = partial(_unpadded_idxs, dl)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/27_model_average.ipynb #eee40ccf
+# %% ../nbs/27_model_average.ipynb #91d5d7c0
 import io
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,7 +20,7 @@ from .learner import measure_bn, trained_layers
 from .params import own_name, unwrap
 from .utils import is_int, is_num, uninterrupted
 
-# %% ../nbs/27_model_average.ipynb #589c2ead
+# %% ../nbs/27_model_average.ipynb #b1dea60c
 def copy_module(model):
     "A copy; what refuses to be copied, as it keeps tensors of its last forward pass, may still be written and read"
     try: return deepcopy(model)
@@ -39,7 +39,9 @@ class ModelAverage:
     last taken; `replaced` the statistics that `apply` replaced. See `WeightAverage` for errors raised."""
     def __init__(self,
         weights:WeightAverage, # The average of the weights, made for its model
-    ): self.weights,self.stats,self.layers,self.replaced = weights,None,None,None
+    ):
+        self.weights = weights
+        self.stats,self.layers,self.replaced = None,None,None
 
     @property
     def n(self): return self.weights.n
@@ -126,7 +128,7 @@ class ModelAverage:
         bn = None if stats is None else dict(zip(names(stats.layers), zip(stats.means, stats.vars)))
         return dict(self.weights.state_dict(), bn=bn, layers=None if self.layers is None else names(self.layers))
 
-# %% ../nbs/27_model_average.ipynb #614c63ba
+# %% ../nbs/27_model_average.ipynb #37844d3e
 def _check_saved_stats(bn, wrong):
     if not isinstance(bn, dict): wrong('its BatchNorm statistics are no dict')
     for k,o in bn.items():
