@@ -425,6 +425,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'fastswa/ensemble.py'),
                                   'fastswa.ensemble.SnapshotEnsemble.training_begins': ( 'ensemble.html#snapshotensemble.training_begins',
                                                                                          'fastswa/ensemble.py'),
+                                  'fastswa.ensemble._check_falling': ('ensemble.html#_check_falling', 'fastswa/ensemble.py'),
                                   'fastswa.ensemble._check_fge': ('ensemble.html#_check_fge', 'fastswa/ensemble.py'),
                                   'fastswa.ensemble._warn_of_zero': ('ensemble.html#_warn_of_zero', 'fastswa/ensemble.py'),
                                   'fastswa.ensemble.fge_cycles': ('ensemble.html#fge_cycles', 'fastswa/ensemble.py'),

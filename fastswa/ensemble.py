@@ -220,7 +220,7 @@ class SnapshotEnsemble(Ensemble):
     def __init__(self,
         n_cycles:int=5, # Cycles in the fit, 1 or more: the papers' M
         lr_max=None, # Learning rate at the beginning of each: number, slice or list. None: the highest of the fit's own
-        **kwargs,
+        **kwargs, # last, keep_on, bn_batches
     ):
         self.n_cycles,self.lr_max = check_count(n_cycles, 'n_cycles', 'cycles', none=False),plain_number(lr_max)
         if lr_max is not None: check_lr('lr_max', self.lr_max)
@@ -244,14 +244,16 @@ class SnapshotEnsemble(Ensemble):
 
     def _resolve_lrs(self, peaks):
         "The rates at the beginning and at the end of all cycles"
-        sched = None if self.lr_max is not None else self.scheduled_lrs()
-        hi = group_lrs(self.lr_max, peaks, 'lr_max') if self.lr_max is not None else peaks
-        if sched is not None: hi = np.broadcast_to(sched.max(0), peaks.shape)
+        if self.lr_max is not None: hi = group_lrs(self.lr_max, peaks, 'lr_max')
+        else:
+            sched = self.scheduled_lrs()
+            hi = peaks if sched is None else np.broadcast_to(sched.max(0), peaks.shape)
         _warn_of_zero(self, hi)
         return hi,0*hi
 
 # %% ../nbs/40_ensemble.ipynb #50f79bdc
-_swap_them = 'lr_min={} is above lr_max={}: swap them'
+def _check_falling(lr_max, lr_min, rises):
+    if rises: raise ValueError(f'lr_min={lr_min} is above lr_max={lr_max}: swap them')
 
 @with_parameters
 class FGE(Ensemble):
@@ -273,14 +275,14 @@ class FGE(Ensemble):
         lr_max=None, # Learning rate between cycles: a number, slice or list. None: half of the highest so far
         lr_min=None, # Learning rate in mid-cycle, where members are taken. None: a hundredth of `lr_max`
         cycle_len:float=None, # Epochs in a cycle, above 0, fractions too. None: four, or less for at least five members
-        **kwargs,
+        **kwargs, # last, keep_on, bn_batches
     ):
         start,lr_max = plain_number(start),plain_number(lr_max)
         lr_min,cycle_len = plain_number(lr_min),plain_number(cycle_len)
         _check_fge(.8 if start is None else start, cycle_len)
         for k,v in dict(lr_max=lr_max, lr_min=lr_min).items():
             if v is not None: check_lr(k, v)
-        if is_num(lr_max) and is_num(lr_min) and lr_max<lr_min: raise ValueError(_swap_them.format(lr_min, lr_max))
+        if is_num(lr_max) and is_num(lr_min): _check_falling(lr_max, lr_min, lr_max<lr_min)
         super().__init__(**kwargs)
         self.start,self.cycle_len = start,cycle_len
         self.lr_max,self.lr_min = lr_max,lr_min
@@ -295,8 +297,8 @@ class FGE(Ensemble):
 
     def check_rates(self, n_groups):
         hi,lo = (group_lrs(o, [1.]*n_groups, k) for o,k in ((self.lr_max,'lr_max'), (self.lr_min,'lr_min')))
-        both = self.lr_max is not None and self.lr_min is not None
-        if both and (hi<lo).any(): raise ValueError(_swap_them.format(self.lr_min, self.lr_max))
+        if self.lr_max is not None and self.lr_min is not None:
+            _check_falling(self.lr_max, self.lr_min, (hi<lo).any())
 
     def rates(self, it):
         state,c = self.fit_state,self.fit_state.cycles

@@ -206,7 +206,7 @@ class MemberStore:
     `store[k]` is the k-th as a dict, read now if it is in a file: ValueError for a damaged one. A copy of a store, and
     what pickle makes of it, has the same place and no members. Raises TypeError or ValueError for what is no place."""
     def __init__(self,
-        keep_on='cpu', # 'cpu', 'disk' (files that go with this object), Path('folder') (that stay), or a torch device
+        keep_on='cpu', # Where members are, see above: 'cpu', 'disk', Path('folder') or a torch device
     ):
         self.keep_on,self.kept,self.shared = _parse_storage(keep_on),[],False
         # that of 'disk' is made in `open`
