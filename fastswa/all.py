@@ -3,5 +3,6 @@ from .average import *
 from .schedule import *
 from .batchnorm import *
 from .callback import *
+from .ema import *
 from .ensemble import *
 from .landscape import *

@@ -8,14 +8,14 @@ __all__ = ['update_bn']
 # %% ../nbs/20_batchnorm.ipynb #5bbdd8c3
 import inspect
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
+from functools import partial
+from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import distributed as dist, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
-from fastcore.basics import patch
 from fastai.callback.core import CancelBatchException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -23,7 +23,7 @@ from fastai.torch_core import to_device
 
 from .loader import dl_len, drop_padding, is_sharded, preserve_rng
 from .params import get_modes, is_ddp, preserve_buffers, set_modes, unwrap
-from .processes import by_all, world_size
+from .processes import together, world_size
 from .utils import LateBar, check_count, uninterrupted, warn_user
 
 # %% ../nbs/20_batchnorm.ipynb #e845f68e
@@ -39,6 +39,53 @@ def merge_moments(
     n,d = n_a+n_b,mean_b-mean_a
     return n,mean_a+d*(n_b/n),m2_a+m2_b+d*d*(n_a*n_b/n)
 
+# %% ../nbs/20_batchnorm.ipynb #77792a43
+class Moments:
+    "Count, mean and sum of squared deviations of what several layers have seen, per channel, in float64"
+    def __init__(self,
+        sizes:list, # Channels of each layer
+        dev, # Device of the totals (`torch.device`)
+    ):
+        self.sizes,self.at = sizes,[0, *accumulate(sizes)]            # layer k has the channels from at[k] to at[k+1]
+        self.n = torch.zeros(len(sizes), dtype=torch.float64)         # values per channel, one number for each layer
+        self.mean,self.m2 = (torch.zeros(self.at[-1], dtype=torch.float64, device=dev) for _ in range(2))
+
+    def _where(self, ks):
+        "The channels of layers `ks`"
+        if len(ks)==len(self.sizes): return slice(None)
+        return torch.cat([torch.arange(self.at[k], self.at[k+1]) for k in ks]).to(self.mean.device)
+
+    def add(self,
+        ks:list, # Layers, in ascending order
+        n, # Values per channel that they have seen, (layers,)
+        mean, # Means of these, one layer after the other, (their channels,)
+        var, # Unbiased variances, (their channels,)
+    ):
+        "Merge in what layers `ks` have seen"
+        def by_channel(o): return o.repeat_interleave(torch.tensor([self.sizes[k] for k in ks])).to(self.mean.device)
+        at,n_a,n_b = self._where(ks),by_channel(self.n[ks]),by_channel(n)
+        # the unbiased variance times n-1 is the sum of squared deviations
+        _,self.mean[at],self.m2[at] = merge_moments(n_a, self.mean[at], self.m2[at], n_b, mean, var*(n_b-1))
+        self.n[ks] += n
+
+    def population(self, k)->tuple:
+        "Mean and variance of what layer `k` has seen, (its channels,) each"
+        at = slice(self.at[k], self.at[k+1])
+        return self.mean[at],self.m2[at]/max(self.n[k].item(), 1)
+
+    def take(self,
+        ns, # `n` of several `Moments` of the same layers
+        means, # `mean` of each
+        m2s, # `m2` of each
+    ):
+        "Become all of these taken together"
+        n,mean,m2 = (torch.stack(o).to(self.mean.device) for o in (ns,means,m2s))
+        self.n,self.mean,self.m2 = n.sum(0).cpu(),mean[0],m2[0]
+        if len(n)==1: return                       # one alone stays what it is, to the last bit
+        wide = n.repeat_interleave(torch.tensor(self.sizes, device=n.device), dim=1)
+        self.mean = (wide*mean).sum(0)/wide.sum(0).clamp_min(1)
+        self.m2 = (m2+wide*(mean-self.mean)**2).sum(0)
+
 # %% ../nbs/20_batchnorm.ipynb #fd2f9651
 def _has_stats(m): return isinstance(m, _BatchNorm) and m.running_mean is not None
 
@@ -49,17 +96,23 @@ def bn_layers(
     layers = [m for m in model.modules() if _has_stats(m)]
     return [m for m in layers if m.training] or ([] if model.training else layers)
 
-def layer_names(model, layers):
-    "Where `layers` are in `model`, or those that took over their statistics, as `SyncBatchNorm` does"
+def layer_names(
+    model:nn.Module, # The model that has the layers, perhaps wrapped
+    layers:list, # Some of its BatchNorm layers, or those whose statistics they took over, as `SyncBatchNorm` does
+)->list: # Their names
+    "Where layers are in a model"
     names = {id(m.running_mean):k for k,m in unwrap(model).named_modules() if _has_stats(m)}
     return [names[id(m.running_mean)] for m in layers]
 
-def check_scripted(model):
-    hidden = [m.original_name for m in model.modules() if isinstance(m, torch.jit.ScriptModule) and 'BatchNorm' in m.original_name]
-    if hidden: warn_user(f'{len(hidden)} BatchNorm layers are inside a TorchScript module, where no refresh can '
+def check_measurable(
+    model:nn.Module, # Any model
+    layers:list, # Those of its BatchNorm layers that are to be measured; may be empty
+):
+    "Warns of layers in TorchScript, out of reach. Raises ValueError for a lazy layer that has seen no batch yet"
+    scripted = [m.original_name for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+    hidden = sum('BatchNorm' in o for o in scripted)
+    if hidden: warn_user(f'{hidden} BatchNorm layers are inside a TorchScript module, where no refresh can '
                          'reach them: their statistics stay those of the last weights. Average before scripting.')
-
-def check_lazy(model, layers):
     lazy = [m for m in layers if is_lazy(m.running_mean)]
     if not lazy: return
     name = next((k for k,m in unwrap(model).named_modules() if m is lazy[0]), '?')
@@ -72,7 +125,7 @@ class BNStats:
     def __init__(self,
         layers:list, # BatchNorm layers
         means:list=None, # One mean per layer; None: a copy of what the layers have now
-        vars:list=None, # One variance per layer
+        vars:list=None, # One variance per layer; None: a copy of what the layers have now
     ):
         self.layers = layers
         self.means = [m.running_mean.detach().clone() for m in layers] if means is None else means
@@ -100,148 +153,162 @@ class BNStats:
                 yield self
             finally: own.install()
 
-# %% ../nbs/20_batchnorm.ipynb #7ad984ac
-_no_batch = 'the DataLoader gave no batch (fewer items than a batch, and drop_last?)'
-
+# %% ../nbs/20_batchnorm.ipynb #d1f3331c
 class _LastLayerSeen(CancelBatchException): "The rest of this forward pass is of no use"
 
-class BNMeter:
-    "Collects the population statistics of the inputs of `layers` over forward passes within `attached`"
-    def __init__(self, layers):
-        # not num_features, which is 0 in a lazy layer whose statistics were loaded
-        self.layers,self.sizes = layers,[m.running_mean.numel() for m in layers]
-        dev = layers[0].running_mean.device
-        self.dev = torch.device('cpu') if dev.type=='mps' else dev           # mps has no float64
-        self.at = np.cumsum([0,*self.sizes])
-        self.mean,self.m2 = (torch.zeros(sum(self.sizes), dtype=torch.float64, device=self.dev) for _ in range(2))
-        self.n = torch.zeros(len(layers), dtype=torch.float64)               # elements per channel so far, by layer
-        self.now = {}                                                        # the same for the batch at hand
-        self.reused,self.batches,self.may_stop = False,0,True
-        self.cut = ''                                                        # what ended the pass before its time
-        self.synced = {k:m.process_group for k,m in enumerate(layers) if isinstance(m, nn.SyncBatchNorm)} if world_size()>1 else {}
-
-    def _add(self, ks):
-        "Merge the batch statistics that layers `ks` hold now"
-        ms = [self.layers[k] for k in ks]
-        n_b,n_a = self._everywhere(ks, torch.tensor([self.now.pop(k) for k in ks], dtype=torch.float64)),self.n[ks]
-        idx = slice(None) if len(ks)==len(self.layers) else torch.cat([torch.arange(self.at[k], self.at[k+1]) for k in ks]).to(self.dev)
-        wide = lambda t: t.repeat_interleave(torch.tensor([self.sizes[k] for k in ks])).to(self.dev)
-        get  = lambda name: torch.cat([getattr(m,name).to(self.dev, torch.float64) for m in ms])
-        w_a,w_b = wide(n_a),wide(n_b)
-        # the layer stored the unbiased variance: times n-1 it is the sum of squared deviations
-        _,self.mean[idx],self.m2[idx] = merge_moments(w_a, self.mean[idx], self.m2[idx], w_b, get('running_mean'), get('running_var')*(w_b-1))
-        self.n[ks] = n_a+n_b
-
-    def _everywhere(self, ks, n):
-        "Elements in all processes for layers that share their statistics (`SyncBatchNorm`), those here for the others"
-        if not self.synced: return n
-        groups = defaultdict(list)
-        for i,k in enumerate(ks):
-            if k in self.synced: groups[self.synced[k]].append(i)
-        for group,at in groups.items():
-            there = n[at].to(self.dev)
-            dist.all_reduce(there, group=group)
-            n[at] = there.cpu()
-        return n
-
-    def _add_one_value(self, k, x):
-        "One value per channel: it counts, but no layer can normalise by it, so this once the layer uses what is known so far"
-        m,sl = self.layers[k],slice(self.at[k], self.at[k+1])
-        if x.numel():
-            n = self.n[k].item()
-            v = x.reshape(-1).to(self.dev, torch.float64)
-            _,self.mean[sl],self.m2[sl] = merge_moments(n, self.mean[sl], self.m2[sl], 1, v, 0.)
-            self.n[k] += 1
-        if self.n[k]>1: m.running_mean.copy_(self.mean[sl]); m.running_var.copy_(self.m2[sl]/self.n[k].item())
-        else: m.running_mean.copy_(self.start.means[k]); m.running_var.copy_(self.start.vars[k])
-        m.training = False
+class _LayerHooks:
+    "Around each use of a BatchNorm layer: the statistics of the batch at hand go into `moments`"
+    def __init__(self, layers, moments, may_stop):
+        self.layers,self.moments,self.may_stop = layers,moments,may_stop
+        synced = [k for k,m in enumerate(layers) if isinstance(m, nn.SyncBatchNorm)] if world_size()>1 else []
+        self.synced = {k:layers[k].process_group for k in synced}
+        self.pending = {}           # layer -> values per channel, whose statistics its buffers hold
+        self.single = set()         # layers that have seen one value per channel in this pass
+        self.each_once = None       # whether the first pass used each layer once; None: it is not over
+        self.start = BNStats(layers)
 
     @torch.no_grad()
-    def _before(self, k, m, args, kwargs):
-        x = args[0] if args else kwargs['input']
-        if k in self.now: self.reused = True; self._add([k])      # used before in this same forward pass
-        n = x.numel()//self.sizes[k] if self.sizes[k] else 0      # fastai's BatchNorm1dFlat has its channels last
-        if n<2 and k not in self.synced: self._add_one_value(k, x); self.odd.add(k)
-        else: self.now[k] = n
+    def before(self, k, m, args, kwargs):
+        "Layer `k`, which is `m`, is about to be used: note how many values per channel it will see"
+        if k in self.pending:                        # used before in this same pass
+            self.each_once = False
+            self.merge([k])
+        x,size = args[0] if args else kwargs['input'],self.moments.sizes[k]
+        n = x.numel()//size if size else 0           # fastai's BatchNorm1dFlat has its channels last
+        if n<2 and k not in self.synced: self.use_known(k, m, x)
+        else: self.pending[k] = n
 
-    def _after(self, k, m, *_):
+    def after(self, k, m, *_):
+        "Layer `k` has been used: end the pass if it was the last"
         m.training = True
-        # in the first batch every layer was used once: then nothing comes after the last of them that we need
-        if self.stop and len(self.now)==len(self.layers): raise _LastLayerSeen()
+        if self.may_stop and self.each_once and len(self.pending)==len(self.layers): raise _LastLayerSeen()
 
-    @property
-    def stop(self): return self.may_stop and self.batches>0 and not self.reused and self.all_used
+    def use_known(self, k, m, x):
+        "The layer normalises by what is known so far, the one value (or none) of this batch included"
+        value = x.reshape(-1).to(self.moments.mean.device, torch.float64)
+        if len(value): self.moments.add([k], torch.ones(1, dtype=torch.float64), value, 0.)
+        mean,var = self.moments.population(k) if self.moments.n[k]>1 else (self.start.means[k],self.start.vars[k])
+        m.running_mean.copy_(mean)
+        m.running_var.copy_(var)
+        m.training = False
+        self.single.add(k)
+
+    def merge(self, ks):
+        "Merge in the batch statistics that layers `ks` hold now"
+        n = torch.tensor([self.pending.pop(k) for k in ks], dtype=torch.float64)
+        if self.synced: _add_counts(n, ks, self.synced, self.moments.mean.device)
+        mean,var = ([getattr(self.layers[k],o).to(self.moments.mean.device, torch.float64) for k in ks]
+                    for o in ('running_mean','running_var'))
+        self.moments.add(ks, n, torch.cat(mean), torch.cat(var))
 
     def batch_done(self):
-        "Take in what the layers saw in this batch"
-        if self.batches==0: self.all_used = len(self.now)+len(self.odd-set(self.now))==len(self.layers)
-        if self.now: self._add(sorted(self.now))
-        self.odd.clear()
-        self.batches += 1
+        "A forward pass is over, or was ended"
+        if self.each_once is None: self.each_once = len({*self.pending, *self.single})==len(self.layers)
+        if self.pending: self.merge(sorted(self.pending))
+        self.single.clear()
+
+@contextmanager
+def _hooked(layers, hooks):
+    "Inside the block layers write the statistics of each batch into their buffers, and `hooks` look after that"
+    momenta,handles = [m.momentum for m in layers],[]
+    try:
+        for k,m in enumerate(layers):
+            handles.append(m.register_forward_pre_hook(partial(hooks.before, k), with_kwargs=True))
+            handles.append(m.register_forward_hook(partial(hooks.after, k)))
+            m.momentum = 1.
+        yield
+    finally:
+        for h in handles: h.remove()
+        for m,mom in zip(layers, momenta): m.momentum = mom
+
+def _add_counts(n, ks, synced, dev):
+    "Layers that share their statistics (`SyncBatchNorm`) have seen what all processes have: add up their counts `n`"
+    groups = defaultdict(list)
+    for i,k in enumerate(ks):
+        if k in synced: groups[synced[k]].append(i)
+    for group,at in groups.items():
+        there = n[at].to(dev)
+        dist.all_reduce(there, group=group)
+        n[at] = there.cpu()
+
+# %% ../nbs/20_batchnorm.ipynb #7ad984ac
+@contextmanager
+def preserve_modes(
+    model:nn.Module, # Any model
+):
+    "Every module of `model` is in the same mode (training or evaluation) after the block as before it"
+    modes = get_modes(model)
+    try: yield
+    finally: set_modes(modes)
+
+# %% ../nbs/20_batchnorm.ipynb #b83ac367
+_no_batch = 'the DataLoader gave no batch (fewer items than a batch, and drop_last?)'
+
+class BNMeter:
+    "Measures the population statistics of what BatchNorm layers see in forward passes"
+    def __init__(self,
+        layers:list, # BatchNorm layers of one model
+        may_stop:bool=True, # End forward passes (by a `CancelBatchException`) once the rest of them is of no use
+    ):
+        # not num_features, which is 0 in a lazy layer whose statistics were loaded
+        dev,sizes = layers[0].running_mean.device,[m.running_mean.numel() for m in layers]
+        self.moments = Moments(sizes, torch.device('cpu') if dev.type=='mps' else dev)      # mps has no float64
+        self.layers,self.batches = layers,0
+        self.hooks = _LayerHooks(layers, self.moments, may_stop)
+
+    @property
+    def synced(self)->bool:
+        "Whether layers exchange statistics with other processes in each batch"
+        return bool(self.hooks.synced)
 
     @contextmanager
     def attached(self, model):
-        "Layers measure and all other modules of `model` are in evaluation mode inside; everything as before afterwards"
-        with uninterrupted(patience=1), preserve_buffers(model):
-            self.start,self.odd,self.all_used = BNStats(self.layers),set(),False
-            modes,momenta = get_modes(model),[m.momentum for m in self.layers]
-            try:
-                with ExitStack() as hooks, torch.no_grad():
-                    for k,m in enumerate(self.layers):
-                        for h in (m.register_forward_pre_hook(lambda *a,k=k: self._before(k,*a), with_kwargs=True),
-                                  m.register_forward_hook(lambda *a,k=k: self._after(k,*a))): hooks.callback(h.remove)
-                        m.momentum = 1.
-                    self.arm(model)
-                    yield self
-            finally:
-                for m,mom in zip(self.layers, momenta): m.momentum = mom
-                set_modes(modes)
+        "Layers measure inside the block, all other modules are in evaluation mode; everything is as before after it"
+        with (uninterrupted(patience=1), preserve_buffers(model), preserve_modes(model),
+              _hooked(self.layers, self.hooks), torch.no_grad()):
+            self.bn_train_only(model)
+            yield self
 
-    def arm(self, model):
+    def bn_train_only(self, model):
+        "The modes to measure in"
         model.eval()
         for m in self.layers: m.training = True
 
-    def result(self, model)->BNStats:
-        "What was measured; layers that saw no data or gave no finite numbers keep what they had, and a warning says so"
-        names = {m:k for k,m in unwrap(model).named_modules()}
-        # fastai's TabularModel has a layer for no columns
-        unseen = [names.get(m,'?') for k,m in enumerate(self.layers) if self.n[k]==0 and self.sizes[k]]
-        means,vars,bad = [],[],[]
+    def batch_done(self):
+        "Take in what the layers have seen in this forward pass: call it after each"
+        self.hooks.batch_done()
+        self.batches += 1
+
+    def state(self)->tuple:
+        "What was measured so far: batches, and of all layers the counts, means and sums of squared deviations"
+        o = self.moments
+        return self.batches,o.n,o.mean.cpu(),o.m2.cpu()
+
+    def merge_state(self, states):
+        "Take over what was measured in several places, the `state` of each"
+        batches,*moments = zip(*states)
+        self.batches = sum(batches)
+        self.moments.take(*moments)
+
+    def stats(self, model, why=_no_batch)->BNStats:
+        """What was measured. Layers that saw no data or no finite numbers keep what they had, and a warning says so,
+        with the reason `why` if there was no batch at all."""
+        start,unseen,bad = self.hooks.start,[],[]
+        res = BNStats(self.layers, [*start.means], [*start.vars])
         for k,m in enumerate(self.layers):
-            sl = slice(self.at[k], self.at[k+1])
-            mean,var = self.mean[sl],self.m2[sl]/max(self.n[k].item(), 1)
-            ok = self.n[k]>0 and bool(mean.isfinite().all() and var.isfinite().all())
-            if self.n[k]>0 and not ok: bad.append(names.get(m,'?'))
-            means.append(mean.to(m.running_mean) if ok else self.start.means[k])
-            vars .append(var .to(m.running_var)  if ok else self.start.vars[k])
-        if self.batches==0: warn_user(f'{self.cut or _no_batch}: BatchNorm statistics are left as they were')
+            mean,var = self.moments.population(k)
+            if self.moments.n[k]==0: unseen.append(m)
+            elif not (mean.isfinite().all() and var.isfinite().all()): bad.append(m)
+            else: res.means[k],res.vars[k] = mean.to(m.running_mean),var.to(m.running_var)
+        unseen = [m for m in unseen if m.running_mean.numel()]        # fastai's TabularModel has a layer for no columns
+        names = {m:k for k,m in unwrap(model).named_modules()}
+        def some(ms): return ', '.join(names.get(m,'?') for m in ms[:3])
+        if not self.batches: warn_user(f'{why}: BatchNorm statistics are left as they were')
         elif unseen: warn_user(f'{len(unseen)} BatchNorm layers saw no data in the refresh and keep the statistics '
-                               f'they had: {", ".join(unseen[:3])}')
+                               f'they had: {some(unseen)}')
         if bad: warn_user(f'the inputs of {len(bad)} BatchNorm layers were not finite, they keep the statistics '
-                          f'they had: {", ".join(bad[:3])}')
-        return BNStats(self.layers, means, vars)
-
-# %% ../nbs/20_batchnorm.ipynb #7c6fe7e3
-@patch
-def part(self:BNMeter):
-    "What this process has measured, as `merge_state` takes it"
-    return self.batches,self.n,self.mean.cpu(),self.m2.cpu()
-
-@patch
-def merge_state(self:BNMeter, parts):
-    "Take over what was measured in several places, the `part` of each"
-    batches,n,mean,m2 = zip(*parts)
-    n,mean,m2 = (torch.stack(o).to(self.dev) for o in (n,mean,m2))
-    wide = n.repeat_interleave(torch.tensor(self.sizes, device=self.dev), dim=1)
-    self.mean = (wide*mean).sum(0)/wide.sum(0).clamp_min(1)
-    self.m2   = (m2+wide*(mean-self.mean)**2).sum(0)
-    self.batches,self.n = sum(batches),n.sum(0).cpu()
-
-def measured_by_all(run, shared, dev):
-    "The `BNMeter` that `run` returns, of what all processes have seen"
-    res,parts = by_all(run, shared, BNMeter.part, dev)
-    if shared: res.merge_state(parts)
-    return res
+                          f'they had: {some(bad)}')
+        return res
 
 # %% ../nbs/20_batchnorm.ipynb #aeaea751
 def _call(model, b):
@@ -255,12 +322,17 @@ def _call(model, b):
     return model(b)
 
 def force_eager(model):
-    "Changing modes and momentum would make a compiled model compile again, twice"
-    compiled = any(hasattr(m,'_orig_mod') or getattr(m,'_compiled_call_impl',None) is not None for m in model.modules())
-    return torch.compiler.set_stance('force_eager') if compiled and hasattr(torch.compiler,'set_stance') else nullcontext()
+    "A compiled model runs uncompiled inside the block: for other modes and momenta it would compile again, twice"
+    def is_compiled(m): return hasattr(m,'_orig_mod') or getattr(m,'_compiled_call_impl',None) is not None
+    if not (hasattr(torch.compiler,'set_stance') and any(map(is_compiled, model.modules()))): return nullcontext()
+    return torch.compiler.set_stance('force_eager')
 
-def check_dl(dl, call):
-    "TypeError for what is no loader; `call` is what was typed, with {} in the place of the loader"
+# %% ../nbs/20_batchnorm.ipynb #b6a35a29
+def check_dl(
+    dl, # What was given for a loader
+    call:str, # What was typed, with {} in the place of the loader
+):
+    "Raises TypeError for what is no loader"
     if isinstance(dl, DataLoaders):
         raise TypeError(f'{call.format("dls")}: DataLoaders hold several, type {call.format("dls.train")}')
     if not (hasattr(dl,'__iter__') or hasattr(dl,'__getitem__')):
@@ -274,14 +346,47 @@ def _check_update_bn(model, dl):
         raise TypeError(f'update_bn(model, dl) needs a torch model first, not {type(model).__name__}')
     check_dl(dl, 'update_bn(model, {})')
 
+def _is_shared(model, dl, sync):
+    "Whether all processes measure together; a warning where it seems that they should and `sync` doesn't say"
+    shared = world_size()>1 and (is_sharded(dl) if sync is None else sync)
+    if is_ddp(model) and not shared and sync is None:
+        warn_user('the model is distributed, and as far as can be seen this loader gives every process the same data: '
+                  'the statistics will be those of this process. If each has its part of the data, call '
+                  'update_bn(..., sync=True) in all of them; sync=False does without this warning')
+    return shared
+
+# %% ../nbs/20_batchnorm.ipynb #6309192a
+def _bar(dl, n_batches, show):
+    "A progress bar for `n_batches` of `dl`, none for a loader that has no end in sight"
+    known = [o for o in (dl_len(dl), n_batches) if o is not None]
+    return LateBar(min(known, default=0), show and bool(known))
+
+def _measure(model, layers, dl, n_batches, call, shared, pbar)->BNStats:
+    "Statistics of `layers` over the batches of `dl`, and everything as it was"
+    inner,dev = unwrap(model),layers[0].running_mean.device
+    with together(shared, dev) as group:
+        meter,bar = BNMeter(layers),_bar(dl, n_batches, pbar and not (shared and dist.get_rank()))
+        with (uninterrupted(patience=1) as check, preserve_rng(dl), meter.attached(inner), force_eager(model),
+              closing(bar)):
+            if shared and not meter.synced: drop_padding(dl)
+            group.barrier()
+            for i,b in enumerate(dl):
+                with suppress(_LastLayerSeen): call(inner, to_device(b, dev))
+                meter.batch_done()
+                bar.update(i+1)
+                check()
+                if i+1==n_batches: break
+        meter.merge_state(group.gather(meter.state()))
+    return meter.stats(model)
+
 # %% ../nbs/20_batchnorm.ipynb #ef66efcf
 def update_bn(
-    model:nn.Module, # Any model; its BatchNorm layers in training mode are measured (all of them if the model is in evaluation mode)
+    model:nn.Module, # Any model; its BatchNorm layers in training mode are measured, all in a model in evaluation mode
     dl=None, # Yields batches of training data: tensors, tuples (the last element is the target), dicts
     n_batches:int=None, # Batches to use, 1 or more; None: all
     call=None, # Function of (model, batch) that runs the model; None: see above
     pbar:bool=True, # Show a progress bar if it takes more than a few seconds
-    sync:bool=None, # Whether all processes call this, each with its part of the data. None: if `dl` is known to give each one a part
+    sync:bool=None, # Whether all processes call this, each with its part of the data. None: if `dl` is known for that
 )->nn.Module: # The same model
     """Give the BatchNorm layers of `model` the mean and variance of their inputs over the data in `dl`.
 
@@ -298,32 +403,8 @@ def update_bn(
     TorchScript modules, and of a distributed model that is measured by this process alone.
     Source: Izmailov et al. 2018, section 3.2."""
     _check_update_bn(model, dl)
-    n_batches = check_count(n_batches)
-    check_scripted(model)
-    layers = bn_layers(model)
+    n_batches,layers = check_count(n_batches),bn_layers(model)
+    check_measurable(model, layers)
     if not layers: return model
-    check_lazy(model, layers)
-    inner,dev = unwrap(model),layers[0].running_mean.device
-    total = min(o for o in (dl_len(dl), n_batches, 2**62) if o is not None)
-    shared = world_size()>1 and (is_sharded(dl) if sync is None else sync)
-    if is_ddp(model) and not shared and sync is None:
-        warn_user('the model is distributed, and as far as can be seen this loader gives every process the same data: '
-                  'the statistics will be those of this process. If each has its part of the data, call '
-                  'update_bn(..., sync=True) in all of them; sync=False does without this warning')
-    def run(meet):
-        measure,bar = BNMeter(layers),LateBar(total, pbar and total<2**62 and not (shared and dist.get_rank()))     # no bar for a loader that has no end in sight
-        with uninterrupted(patience=1) as check, preserve_rng(dl), measure.attached(inner), force_eager(model):
-            if shared and not measure.synced: drop_padding(dl)
-            meet()
-            try:
-                for i,b in enumerate(dl):
-                    try: (call or _call)(inner, to_device(b, dev))
-                    except _LastLayerSeen: pass
-                    measure.batch_done()
-                    bar.update(i+1)
-                    check()
-                    if i+1==n_batches: break
-            finally: bar.close()
-        return measure
-    measured_by_all(run, shared, dev).result(model).install()
+    _measure(model, layers, dl, n_batches, call or _call, _is_shared(model, dl, sync), pbar).install()
     return model

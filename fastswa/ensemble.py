@@ -6,34 +6,21 @@
 __all__ = ['snapshot_lr', 'snapshot_cycles', 'fge_lr', 'fge_cycles', 'Ensemble', 'SnapshotEnsemble', 'FGE']
 
 # %% ../nbs/40_ensemble.ipynb #1f2ba163
-import itertools, math, re, shutil, tempfile, weakref
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from pathlib import Path
+import math
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-from fastcore.basics import noop, patch
-from fastcore.foundation import L
-from fastai.callback.core import Callback
-from fastai.data.load import DataLoader
-from fastai.learner import Learner
-from fastai.losses import LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
-from fastai.torch_core import get_model, rank_distrib
+from fastcore.meta import delegates
+from fastai.torch_core import rank_distrib
 
-from .average import all_finite
-from .batchnorm import bn_layers
-from .callback import CycleCallback, _Refresh
-from .learner import cancel_exceptions, is_out_of_memory, isolated_pass, measure_bn_within_memory, pass_bar, run_pass
-from .learner import trained_layers
-from .loader import preserve_rng
-from .params import get_modes, is_ddp, own_name, set_modes, swap_params, unwrap
-from .processes import by_all
-from .schedule import Cycles, check_cycles, check_lr, group_lrs
-from .utils import check_count, check_writable, is_int, is_num, plain_number, read_file
-from .utils import uninterrupted, with_parameters, write_file
+from .batchnorm import bn_layers, layer_names
+from .cycle import CycleCallback, warn_of_nothing
+from .learner import is_out_of_memory, measure_bn_within_memory, trained_layers
+from .members import MemberFolder, MemberStore, check_goes_on, make_member, swapped_state
+from .params import is_ddp, unwrap
+from .processes import together
+from .schedule import Cycles, check_cycles, check_lr, group_lrs, iters_before
+from .utils import check_count, is_int, is_num, plain_number, uninterrupted, with_parameters
+from .voting import Committee
 
 # %% ../nbs/40_ensemble.ipynb #d0b78074
 def snapshot_lr(
@@ -51,7 +38,9 @@ def snapshot_cycles(
     n_iter:int, # Iterations in an epoch
     n_cycles:int=5, # Cycles, 1 or more
 )->Cycles: # Their ends, where snapshots are taken
-    "Cycles of ceil(T/M) iterations each, the last one shorter if these don't divide. Source: Huang et al. 2017, section 3"
+    """Cycles of ceil(T/M) iterations each, the last one shorter if these don't divide.
+
+    Source: Huang et al. 2017, section 3."""
     n_epoch,n_iter,n_cycles = map(plain_number, (n_epoch,n_iter,n_cycles))
     total = n_epoch*n_iter
     c = max(1, math.ceil(total/n_cycles))
@@ -82,15 +71,18 @@ def fge_cycles(
     n_epoch:int, # Epochs in the whole fit
     n_iter:int, # Iterations in an epoch
     start:float=.8, # When cycles begin, at the earliest. float in [0,1): share of the fit. int: epochs before them
-    cycle_len:float=None, # Epochs in a cycle, fractions allowed. None: four, or less so that there are at least five members
+    cycle_len:float=None, # Epochs in a cycle, fractions allowed. None: four, or less so that there are five members
 )->Cycles: # `ends` are the middles, where members are taken; none where the fit is over before `start`
-    """Cycles of an even number of iterations, whose last middle is the end of the fit. They begin up to one cycle later than `start`.
+    """Cycles of an even number of iterations, whose last middle is the end of the fit. They begin up to one cycle later
+    than `start`.
 
-    Raises ValueError if half a cycle is longer than what `start` leaves of the fit, TypeError or ValueError for arguments no fit could use."""
+    Raises ValueError if half a cycle is longer than what `start` leaves of the fit, TypeError or ValueError for
+    arguments no fit could use."""
     _check_fge(start, cycle_len)
-    n_epoch,n_iter,start,cycle_len = map(plain_number, (n_epoch,n_iter,start,cycle_len))
+    n_epoch,n_iter = plain_number(n_epoch),plain_number(n_iter)
+    start,cycle_len = plain_number(start),plain_number(cycle_len)
     total = n_epoch*n_iter
-    left = total-(start*n_iter if is_int(start) else int(start*total+1e-9))
+    left = total-iters_before(start, n_epoch, n_iter)
     if left<=0: return Cycles(total, (), n_iter)
     half = max(1, int(min(4*n_iter, left/4.5)/2) if cycle_len is None else round(cycle_len*n_iter/2))
     n = (left+half)//(2*half)           # n cycles, half of the last one left out, take (2n-1) halves
@@ -101,639 +93,229 @@ def fge_cycles(
     mids = tuple(total-2*half*k for k in reversed(range(n)))
     return Cycles(mids[0]-half, mids, n_iter)
 
-# %% ../nbs/40_ensemble.ipynb #b3525c51
-_softmax,_sigmoid = partial(F.softmax, dim=1),torch.sigmoid
-_acts = {nn.CrossEntropyLoss:_softmax, F.cross_entropy:_softmax, nn.BCEWithLogitsLoss:_sigmoid, F.binary_cross_entropy_with_logits:_sigmoid,
-         nn.NLLLoss:torch.exp, F.nll_loss:torch.exp}
-
-def activation(
-    loss_func, # Loss function of a learner
-): # Function of the model's outputs
-    "What turns the outputs that `loss_func` expects into predictions"
-    if isinstance(loss_func, (LabelSmoothingCrossEntropy,LabelSmoothingCrossEntropyFlat)): return partial(F.softmax, dim=getattr(loss_func, 'axis', 1))   # their own takes the last axis always
-    f = getattr(loss_func, 'activation', None)
-    return f if callable(f) else _acts.get(type(loss_func)) or _acts.get(loss_func, noop)
-
-# %% ../nbs/40_ensemble.ipynb #97b79e9c
-def _tmap(f, o, *os):
-    "`f` of every tensor in nested tuples, lists and dicts of the same shape"
-    if isinstance(o, dict): return type(o)({k:_tmap(f, v, *(p[k] for p in os)) for k,v in o.items()})
-    if isinstance(o, (tuple,list)):
-        res = [_tmap(f, *vs) for vs in zip(o, *os)]
-        return type(o)(*res) if hasattr(o,'_fields') else type(o)(res)
-    return f(o, *os) if isinstance(o, torch.Tensor) else o
-
-def _leaves(o):
-    res = []
-    _tmap(res.append, o)
-    return res
-
-def _log(a): return a.clamp_min(torch.finfo(a.dtype).tiny).log()
-def _logit(a): return _log(a)-(1-a).clamp_min(torch.finfo(a.dtype).eps/2).log()      # nothing is closer to 1 than that
-
-def inverse(
-    act, # An activation, of a tensor or of several in a tuple, list or dict
-    a, # What it can give: nested tensors
-): # Function with act(inverse(a)) = a; None if it is not one of the known ones
-    "Which outputs have the activation `a`: `a` itself, its logarithm or its logit, for each tensor"
-    for fs in itertools.product((noop,_log,_logit), repeat=len(_leaves(a))):
-        def inv(a, fs=fs):
-            it = iter(fs)
-            return _tmap(lambda o: next(it)(o) if o.is_floating_point() else o, a)
-        try: back = _leaves(act(inv(a)))
-        except Exception: continue
-        if all(torch.allclose(x, y, atol=1e-6) for x,y in zip(_leaves(a), back)): return inv
-
-# %% ../nbs/40_ensemble.ipynb #c9e3e845
-def _state(model):
-    "Parameters by name, tied ones under each of their names, and the buffers a checkpoint would have"
-    keep = set(model.state_dict())
-    return {**dict(model.named_parameters(remove_duplicate=False)), **{k:v for k,v in model.named_buffers(remove_duplicate=False) if k in keep}}
-
-def _copy(state, device):
-    "A copy of each tensor, and one only of those that are tied"
-    copies = {v:v.detach().to(device, copy=True) for v in set(state.values())}
-    return {k:copies[v] for k,v in state.items()}
-
-def _params(state): return {k:v for k,v in state.items() if isinstance(v, nn.Parameter)}
-
-def _check_fits(own, state):
-    "ValueError where the parameters and buffers `state` are not of the model that has `own`"
-    diff = set(own)^set(state) or {k for k,v in _params(own).items() if v.shape!=state[k].shape}
-    if diff:
-        raise ValueError(f'this ensemble is of another model: {len(diff)} parameters or buffers differ in name or '
-                         f'shape, such as {sorted(diff)[0]}. Use a learner with the architecture that it was made with')
-
-@contextmanager
-def _apart(model):
-    "Inside the block all modules are in training mode: LoRA layers, for one, have other weights in evaluation mode"
-    modes = get_modes(model)
-    if not all(mode for _,mode in modes): model.train()
-    try: yield
-    finally: set_modes(modes)
-
-@contextmanager
-def swapped_state(
-    model:nn.Module, # A model
-    state:dict, # Tensors by name: parameters and buffers of a model of this architecture, in training mode
-):
-    """Inside the block `model` has the parameters (by pointer) and buffers (by value) in `state`, and its own after it.
-
-    Raises ValueError for another architecture."""
-    own,state = ({own_name(k):v for k,v in o.items()} for o in (_state(model), state))
-    _check_fits(own, state)
-    params = _params(own)
-    bufs = {k:v for k,v in own.items() if k not in params}
-    kept = {k:v.detach().clone() for k,v in bufs.items()}
-    merges = any(type(m).train is not nn.Module.train for m in model.modules())       # it may write into what is lent
-    values = [state[k].clone() if merges else state[k] for k in params]
-    def put(v, o): v.copy_(o) if v.shape==o.shape else v.set_(o.to(v.device, v.dtype, copy=True))      # some buffers grow
-    with uninterrupted(patience=1), torch.no_grad(), ExitStack() as lent:
-        try:
-            with uninterrupted(), _apart(model):
-                lent.enter_context(swap_params(params.values(), values))
-                for k,v in bufs.items(): put(v, state[k])
-            yield model
-        finally:
-            with uninterrupted(), _apart(model):
-                lent.close()
-                for k,v in bufs.items(): put(v, kept[k])
-
-# %% ../nbs/40_ensemble.ipynb #92effdbf
-def _place(keep_on):
-    "A torch device, 'disk' or a Path, out of what was given for `keep_on`"
-    if isinstance(keep_on, (Path,torch.device)) or keep_on=='disk': return keep_on
-    try: return torch.device(keep_on if isinstance(keep_on, str) else '')
-    except RuntimeError:
-        msg = f"keep_on={keep_on!r}: give 'cpu', 'disk' for temporary files, Path('a/folder') for files to keep, or a torch device"
-        raise (ValueError if isinstance(keep_on, str) else TypeError)(msg) from None
-
-_member_files = re.compile(r'member_(\d{8,})\.pt')
-_leftovers = re.compile(r'member_\d{8,}\.pt(\.\w+)?\.tmp')
-def _its(folder): return sorted(int(m[1]) for m in (_member_files.fullmatch(p.name) for p in Path(folder).glob('member_*')) if m)
-def _file(folder, it): return Path(folder)/f'member_{it:08d}.pt'
-def _it(file): return int(_member_files.fullmatch(file.name)[1])
-def _read(file): return read_file(file, mmap=True)
-
-def _refusal(f, *args, **kwargs):
-    "Why the file system refuses to do `f(*args, **kwargs)`, None if it doesn't"
-    try: f(*args, **kwargs)
-    except OSError as e: return str(e) or type(e).__name__
-
-def _clear(folder):
-    "Remove what killed processes have left half-written"
-    for o in Path(folder).glob('member_*.tmp'):
-        if _leftovers.fullmatch(o.name): o.unlink(missing_ok=True)
-
-# %% ../nbs/40_ensemble.ipynb #f95e99e9
-def _check_member(m, it):
-    "ValueError, with what is wrong, for what cannot be the member of iteration `it`"
-    def rates(o): return isinstance(o, (list,tuple)) and len(o)>0 and all(is_num(v) and v>=0 for v in o)
-    state = m.get('state') if isinstance(m, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(o, torch.Tensor) for o in state.values()):
-        raise ValueError('it holds no weights of a model')
-    if not is_int(m.get('it')) or m['it']!=it:
-        raise ValueError(f"its name says iteration {it}, and it says {m.get('it')!r}")
-    if not rates(m.get('peaks')): raise ValueError(f"its learning rates are {m.get('peaks')!r}")
-    if not (m.get('moms') is None or rates(m['moms'])): raise ValueError(f"its momentum is {m['moms']!r}")
-    bad = next((k for k,v in state.items() if k.endswith('running_var') and (v<0).any()), None)
-    if bad: raise ValueError(f'{bad} has variances below 0')
-
-def _check_alike(m, members):
-    "ValueError where a member does not go with `members`, of which it is one"
-    state,others = m['state'],[o['state'] for o in members]
-    params = set(m.get('params', state))           # members of 0.3.0 do not say which of their tensors are parameters
-    diff = set(state)^set(others[0]) or {k for k in m.get('params', ()) if state[k].shape!=others[0][k].shape}
-    if diff: raise ValueError(f'it is of another model than the first one: {sorted(diff)[0]} differs')
-    values = {k:v for k,v in state.items() if k in params and (v.is_floating_point() or v.is_complex())}
-    if all_finite(values.values()): return
-    for k,v in values.items():
-        if not all_finite([v]) and not all(torch.equal(v, o[k]) for o in others):
-            raise ValueError(f'{k} has values that are not finite')
-
-def _check_goes_on(m, model, groups):
-    "ValueError where `model` and its optimizer, of so many parameter groups, did not make the member"
-    _check_fits(*({own_name(k):v for k,v in o.items()} for o in (_state(model), m['state'])))
-    if len(m['peaks'])!=groups:
-        raise ValueError(f'member {m["it"]} is of a fit with {len(m["peaks"])} parameter groups, the optimizer has '
-                         f'{groups}: go on with the splitter of that fit')
-
-def read_members(
-    members, # Files, or dicts as they are kept in memory
-    its, # The iteration of each
-)->list: # A dict for each, its tensors read when they are used
-    """Members that are looked at as a whole.
-
-    Raises ValueError, naming the file, for one that is damaged or does not go with the others."""
-    res = [o if isinstance(o, dict) else _read(o) for o in members]
-    def look(o, m, check, *args):
-        try: check(m, *args)
-        except ValueError as e:
-            name = f'member {m["it"]}' if isinstance(o, dict) else o
-            raise ValueError(f'{name} cannot be a member: {e}. Use an earlier copy of it, or take it away') from None
-    for o,m,it in zip(members, res, its): look(o, m, _check_member, it)
-    for o,m in zip(members, res): look(o, m, _check_alike, res)
-    return res
-
 # %% ../nbs/40_ensemble.ipynb #4dcbfa4f
-class Ensemble(CycleCallback):
-    "Members collected in one fit, whose predictions are averaged. What `SnapshotEnsemble` and `FGE` have in common: use one of these"
-    _stateattrs = CycleCallback._stateattrs+('_members','_tmp','_layers')
-    _members,_tmp,_layers,_done_to_it,_leave_lr = (),None,None,'collected',''    # no list: a copy or an unpickled object would fill that of the class
+_no_memory = ('there was not enough memory to measure the BatchNorm statistics of each member: those without have the '
+              'running statistics of their moment. To try again, call learn.fit(n_epoch, start_epoch=n_epoch, '
+              'cbs=ens), with the n_epoch of this fit')
+
+def _warn_of_zero(ens, lrs):
+    if np.max(lrs)==0:
+        ens.warn_once('zero', 'the learning rate is 0 in all cycles: the weights do not move, and all members will be '
+                              'the same. Give lr_max')
+
+class Ensemble(Committee, CycleCallback):
+    """Members collected in one fit, whose predictions are averaged. What `SnapshotEnsemble` and `FGE` have in common:
+    use one of these"""
+    _stateattrs = CycleCallback._stateattrs+('_layers',)
+    _layers = None                      # those that trained when the last member was taken
     def __init__(self,
         last:int=None, # Keep only the last so many members, 1 or more. None: all
-        keep_on='cpu', # Where members are: 'cpu', 'disk' (files that go with this object), Path('folder') (files that stay), or a torch device
-        bn_batches:int=0, # Training batches for each member's BatchNorm statistics, measured when the fit ends. 0: the running ones it had. None: all batches
+        keep_on='cpu', # 'cpu', 'disk' (files that go with this object), Path('folder') (that stay), or a torch device
+        bn_batches:int=0, # Batches for each member's BatchNorm statistics when the fit ends. 0: running ones. None: all
     ):
-        last,bn_batches = plain_number(last),plain_number(bn_batches)
-        check_count(last, 'last', 'members')
-        if not (is_int(bn_batches) and bn_batches==0): check_count(bn_batches, 'bn_batches')
-        self.last,self.keep_on,self.bn_batches = last,_place(keep_on),bn_batches
-        self._members,self.collected,self._helpers = [],[],(_Refresh(self),)
+        super().__init__()
+        self.last = check_count(last, 'last', 'members')
+        self.bn_batches = 0 if is_int(bn_batches) and bn_batches==0 else check_count(bn_batches, 'bn_batches')
+        self.store = MemberStore(keep_on)
 
     def __repr__(self): return f'{type(self).__name__}(n_members={self.n_members})'
     @property
-    def n_members(self)->int:
-        "How many there are now"
-        return len(self._members)
-    @property
-    def members(self)->list:
-        """Parameters and buffers of each, as they are in training mode, a dict by name; those in files are in memory
-        only as far as they are used. Raises ValueError for a damaged file."""
-        return [self._get(k)['state'] for k in range(self.n_members)]
-    def _get(self, k):
-        m = self._members[k]
-        return m if isinstance(m, dict) else _read(m)
+    def keep_on(self): return self.store.keep_on
+    def is_training(self, learn): return self.in_fit and self.learn is learn
 
-# %% ../nbs/40_ensemble.ipynb #4d5c3024
-@patch
-def _put(self:Ensemble, it, member):
-    "Keep a member, in memory or in a file; in memory too if it cannot be written: neither it nor the training is lost"
-    if isinstance(self.keep_on, torch.device): return member
-    file = _file(self._folder(), it)
-    shared = self._shared and self.keep_on!='disk'      # temporary files are each process's own
-    def write(meet): return None if shared and rank_distrib() else _refusal(write_file, member, file)
-    why,all_ = by_all(write, shared)                    # when all have met, the others may read it
-    why = next(filter(None, [why, *(all_ or ())]), None)
-    if why is None: return file
-    self._once('write', f'{file} could not be written ({why}): this member is kept in memory, and the training goes '
-                        'on. To have it in a file, make room and call save(folder) when the fit is over')
-    return member
+    def resume_or_reset(self, model, previous):
+        """A fit with `start_epoch` goes on with the members up to there, those in a folder of files too; else a new
+        ensemble begins"""
+        learn,state,shared = self.learn,self.fit_state,is_ddp(self.learn.model)
+        with together(shared) as group:
+            self.store.open(learn.path/learn.model_dir, type(self).__name__, shared)
+            kept,read = self.store.earlier(state.done)
+            for m in read: check_goes_on(m, model, len(learn.opt.hypers))
+            group.barrier()                             # nobody deletes what another process has yet to read
+        with uninterrupted(patience=1):
+            self.store.kept,self.collected,self._layers = kept,[m['it'] for m in read],None
+            while self.n_members>len(read): self._drop(len(read))    # of a walk that is not the one that goes on here
+        if read: state.go_on(dict(read[-1], done=state.done))        # its highest rates, the momentum that is held
+        due = [o for o in state.cycles.ends if o<=state.done]
+        lost = set(due[-(self.last or 0):])-set(self.collected)
+        if lost:
+            self.warn_once('lost', f'{len(lost)} members of the fit that goes on here are not there, and the ensemble '
+                                   'will be without them. With keep_on=Path(folder) members outlive a process')
 
-@patch(as_prop=True)
-def _shared(self:Ensemble): return is_ddp(self.learn.model)
+    def take(self, model):
+        self._layers,state = bn_layers(model),self.fit_state
+        with uninterrupted(patience=1):
+            self._keep(make_member(model, state.done, state.peaks, state.held_moms, self.store.device))
+            while self.last and self.n_members>self.last: self._drop(0)
 
-@patch
-def _by_all(self:Ensemble, f):
-    "`f()`, after which the processes of a distributed fit meet"
-    return by_all(lambda meet: f(), self._shared)[0]
+    def _keep(self, m, k=None):
+        why = self.store.put(m, k)
+        if why:
+            self.warn_once('write', f'{why}: this member is kept in memory, and the training goes on. To have it in a '
+                                    'file, make room and call save(folder) when the fit is over')
 
-@patch
-def _check_place(self:Ensemble):
-    "An error if members cannot be kept where they should be"
-    try:
-        if isinstance(self.keep_on, torch.device): torch.empty(0, device=self.keep_on)
-        else: check_writable(_file(self._folder(), 0))
-        if isinstance(self.keep_on, Path): _clear(self.keep_on)
-    except (OSError,RuntimeError,AssertionError) as e:
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"keep_on='{self.keep_on}': members cannot be kept there ({why}). "
-                         "Try keep_on='cpu', or another folder") from e
+    def _drop(self, k):
+        why = self.store.drop(k)
+        if why: self.warn_once('drop', f'{why}: it is no member any more, remove it by hand')
 
-@patch
-def _folder(self:Ensemble):
-    if isinstance(self.keep_on, Path): return self.keep_on
-    if self._tmp is None:
-        base = self.learn.path/self.learn.model_dir
-        base.mkdir(parents=True, exist_ok=True)
-        self._tmp = Path(tempfile.mkdtemp(prefix=f'{type(self).__name__}_', dir=base))
-        weakref.finalize(self, shutil.rmtree, self._tmp, ignore_errors=True)        # it goes when this object does
-    return self._tmp
+    def training_ends(self):
+        warn_of_nothing(self)
+        if self.bn_batches==0: return
+        layers = trained_layers(self.learn) if self._layers is None else self._layers
+        if not layers: return
+        with uninterrupted(patience=1):
+            for k in range(self.n_members): self._measure_bn(k, layers)
 
-@patch
-def _drop(self:Ensemble, k):
-    m = self._members[k]
-    why = None if isinstance(m, dict) else _refusal(m.unlink, missing_ok=True)
-    if why: self._once('drop', f'{m} could not be removed ({why}): it is no member any more, remove it by hand')
-    del self._members[k]
-
-@patch
-def _take(self:Ensemble, model):
-    on = self.keep_on if isinstance(self.keep_on, torch.device) else torch.device('cpu')
-    self._layers = bn_layers(model)
-    with uninterrupted(patience=1):
-        state = _state(model)
-        with _apart(model): copy = _copy(state, on)
-        moms = None if self._moms is None else [float(o) for o in self._moms]
-        member = dict(state=copy, params=list(_params(state)), it=self._done, peaks=self._peaks.tolist(), moms=moms)
-        self._members.append(self._put(self._done, member))
-        while self.last and self.n_members>self.last: self._drop(0)
-
-@patch
-def _resume_or_reset(self:Ensemble, model):
-    "A fit with `start_epoch` goes on with the members up to there, those in a folder of files too; else a new ensemble begins"
-    done,groups = self._epoch*self._cycles.n_iter,len(self.learn.opt.hypers)
-    def find():
-        self._check_place()                             # known now, not when the first member comes
-        left = _its(self.keep_on) if isinstance(self.keep_on, Path) else []
-        if left and not done:
-            raise ValueError(f'{self.keep_on} holds {len(left)} members of an earlier fit: give another folder or empty '
-                             'this one. To use them call load(folder), to go on with that fit give start_epoch')
-        members = list(self._members) or [_file(self.keep_on, o) for o in left]
-        its = [o['it'] if isinstance(o, dict) else _it(o) for o in members]
-        its = [o for o in its if o<=done] if done else []
-        read = read_members(members[:len(its)], its)
-        for m in read: _check_goes_on(m, model, groups)
-        return members,its,read
-    members,its,read = self._by_all(find)                # nobody deletes what another process has yet to read
-    last = read[-1] if read else {}
-    with uninterrupted(patience=1):
-        self._members,self.collected,self._layers = members,its,None
-        while self.n_members>len(its): self._drop(len(its))           # of a walk that is not the one that goes on here
-        self._peaks = np.array(last['peaks'], dtype=float) if last else None
-        self._moms = None if last.get('moms') is None else list(last['moms'])        # members of 0.3.0 have none
-    lost = set([o for o in self._cycles.ends if o<=done][-(self.last or 0):])-set(its)
-    if lost:
-        self._once('lost', f'{len(lost)} members of the fit that goes on here are not there, and the ensemble will be '
-                           'without them. With keep_on=Path(folder) members outlive a process')
-
-# %% ../nbs/40_ensemble.ipynb #c3d82f29
-@patch
-def _check_zero(self:Ensemble, lrs):
-    if np.max(lrs)==0: self._once('zero', 'the learning rate is 0 in all cycles: the weights do not move, and all members will be the same. Give lr_max')
-
-@patch
-def _finish(self:Ensemble):
-    self._check_collected()
-    if self.bn_batches==0: return
-    layers = trained_layers(self.learn) if self._layers is None else self._layers
-    if not layers: return
-    with uninterrupted(patience=1):
-        for k in range(self.n_members): self._refresh(k, layers)
-
-@patch
-def _refresh(self:Ensemble, k, layers):
-    "Measure BatchNorm statistics for a member; where that cannot be done it keeps those that it has"
-    model = unwrap(self.learn.model)
-    try: m = self._get(k)
-    except ValueError as e: return self._once(k, f'{e}. This member keeps the BatchNorm statistics that it has')
-    try:
-        with swapped_state(model, m['state']): stats = measure_bn_within_memory(self.learn, layers, self.bn_batches)
-    except Exception as e:
-        if not is_out_of_memory(e): raise
-        return self._once('memory', 'there was not enough memory to measure the BatchNorm statistics of each member: '
-                                    'those without have the running statistics of their moment. To try again, call '
-                                    'learn.fit(n_epoch, start_epoch=n_epoch, cbs=ens), with the n_epoch of this fit')
-    names,dev = {o:name for name,o in model.named_modules()},next(iter(m['state'].values())).device
-    new = {}
-    for o,mean,var in zip(stats.layers, stats.means, stats.vars):
-        new.update({f'{names[o]}.running_mean':mean.to(dev), f'{names[o]}.running_var':var.to(dev)})
-    self._members[k] = self._put(m['it'], dict(m, state={**m['state'], **new}))
-
-@patch
-def after_fit(self:Ensemble):
-    if not self.learn.lock.locked(): self._armed = self._active = False
-
-# %% ../nbs/40_ensemble.ipynb #d79c0413
-def _double(t): return t.double() if t.is_floating_point() and t.device.type!='mps' else t      # mps has no float64
-def _wide(t): return t if t.is_floating_point() or t.is_complex() else t.double()                 # bytes would overflow
-
-def _same(a, b): return a.shape==b.shape and bool(((a==b)|((a!=a)&(b!=b))).all())                # what is no number is the same as itself here
-
-class _Vote(Callback):
-    "Adds up the members' activations, batch by batch; in the last pass their mean takes the place of the prediction"
-    order = 1000
-    __setattr__ = object.__setattr__       # an attribute of somebody's model that is named so is no reason for a warning
-    def __init__(self, n, act, inv, bar, check):
-        self.n,self.act,self.inv,self.bar,self.check = n,act,inv,bar,check
-        self.sums,self.targs,self.seen,self.done,self.i = [],[],0,0,0
-    def before_validate(self):
-        get_model(self.learn.model).eval()
-        self.i,self.seen = 0,self.seen+1
-    def after_pred(self):
-        self.check()                                      # Ctrl-C waits for this
-        if self.seen>1 and self.i==len(self.sums): self._cut_short()
-        pred = self.learn.pred
-        a = self.act(_tmap(_double, pred))
-        if self.inv is True: self.inv = self._find(pred)
-        cpu = _tmap(lambda o: _wide(o.detach()).cpu(), a)
-        targs = _tmap(lambda o: o.detach().cpu(), tuple(self.learn.yb))
-        if self.seen==1:
-            self.sums.append(cpu)
-            self.targs.append(targs)
-        else:
-            if not all(map(_same, _leaves(targs), _leaves(self.targs[self.i]))):
-                raise ValueError('the members were shown different items: this DataLoader draws another order, or '
-                                 'other random transforms, each time it is used. Give one for validation, such as '
-                                 'learn.dls.test_dl(items, with_labels=True)')
-            self.sums[self.i] = _tmap(torch.add, self.sums[self.i], cpu)
-        if self.seen==self.n:
-            mean = _tmap(lambda o,p: o.to(p.device)/self.n, self.sums[self.i], a)
-            mean = mean if self.inv is None else self.inv(mean)
-            wide = any(o.dtype==torch.float64 for o in _leaves(pred))
-            self.learn.pred = mean if wide else _tmap(lambda o: o.float() if o.dtype==torch.float64 else o, mean)
-            self.sums[self.i] = None                      # not needed any more
-        self.i += 1
-        self.bar.update((self.seen-1)*len(self.learn.dl)+self.i)
-    def after_validate(self):
-        "Members have to see as many batches as the first one; in the last pass that is up to the learner"
-        self.done += 1
-        if self.seen!=self.done or (self.done<self.n and self.i!=len(self.sums)): self._cut_short()
-    def _cut_short(self):
-        raise RuntimeError('a callback has ended one of the passes over the data before its end, and what the members '
-                           'say about different items has no mean. Leave it out: with learn.removed_cbs(cb): ...')
-    def _find(self, pred):
-        "Tried on outputs that are made up: real ones may be special, all alike or not finite"
-        g = torch.Generator().manual_seed(0)
-        made_up = _tmap(lambda o: torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.device, _double(o).dtype) if o.is_floating_point() else o, pred)
-        inv = inverse(self.act, self.act(made_up))
-        if inv is None:
-            raise ValueError('the loss and the metrics need outputs whose activation is the mean of the members, and for this activation '
-                             f'({getattr(self.act, "__qualname__", self.act)}) these are not known: give inv=, its inverse, or use get_preds')
-        return inv
-
-@patch
-def _dl(self:Ensemble, learn, ds_idx, dl):
-    "The DataLoader to use, once it is clear that there is something to do with it"
-    if not isinstance(learn, Learner):
-        raise TypeError(f'{type(self).__name__} needs the learner, not {type(learn).__name__}: '
-                        'get_preds(learn), validate(learn), predict(learn, item)')
-    if not self._members:
-        raise RuntimeError(f'this {type(self).__name__} has no members yet: pass it to a fit, learn.fit(n_epoch, '
-                           'cbs=ens), or ens.load(folder)')
-    if dl is not None: return dl
-    if not is_int(ds_idx): return ds_idx                        # a DataLoader without its name
-    if ds_idx>=len(learn.dls.loaders): raise ValueError(f'this learner has no DataLoader {ds_idx} (1 is for validation): give dl=')
-    return learn.dls[ds_idx]
-
-@patch
-def _vote(self:Ensemble, learn, dl, act, inv, last, go):
-    "`go` with a callback that makes it see the mean of the last `last` members"
-    last = plain_number(last)
-    check_count(last, 'last', 'members')
-    if last is not None and last>self.n_members: raise ValueError(f'last={last}: there are {self.n_members} members')
-    n = last or self.n_members
-    model,states = unwrap(learn.model),[self._get(k)['state'] for k in range(self.n_members-n, self.n_members)]
-    bar = pass_bar(learn, n*len(dl), 'members')
-    with uninterrupted(patience=1) as check:
-        vote = _Vote(n, activation(learn.loss_func) if act is None else act, inv, bar, check)
+    def _measure_bn(self, k, layers):
+        "Measure BatchNorm statistics for a member; where that cannot be done it keeps those that it has"
+        model = unwrap(self.learn.model)
+        try: m = self.store[k]
+        except ValueError as e: return self.warn_once(k, f'{e}. This member keeps the BatchNorm statistics that it has')
         try:
-            for state in states[:-1]:
-                with swapped_state(model, state), isolated_pass(learn, dl, [vote]): run_pass(learn)
-            with swapped_state(model, states[-1]): return go(vote)
-        except cancel_exceptions: vote._cut_short()
-        finally: bar.close()
+            with swapped_state(model, m['state']):
+                stats = measure_bn_within_memory(self.learn, layers, self.bn_batches, inner=True)
+        except Exception as e:
+            if not is_out_of_memory(e): raise
+            return self.warn_once('memory', _no_memory)
+        names,dev = layer_names(model, stats.layers),next(iter(m['state'].values())).device
+        means = {f'{name}.running_mean':o.to(dev) for name,o in zip(names, stats.means)}
+        vars_ = {f'{name}.running_var':o.to(dev) for name,o in zip(names, stats.vars)}
+        self._keep(dict(m, state={**m['state'], **means, **vars_}), k)
 
-# %% ../nbs/40_ensemble.ipynb #e2cc4c02
-class _Same:
-    "The order that was drawn once"
-    def __init__(self, idxs): self.idxs = idxs
-    def __call__(self): return self.idxs
+    def save(self,
+        folder, # Path of a folder without members, made if it isn't there
+    ):
+        """Write each member to a file of its own: all of them, or none. Only rank 0 writes.
 
-# %% ../nbs/40_ensemble.ipynb #1707617b
-@patch
-def get_preds(self:Ensemble,
-    learn:Learner, # The learner of the fit, or another one with the same architecture
-    ds_idx:int=1, # Which DataLoader, if `dl` is None. 0: training. 1: validation
-    dl=None, # DataLoader, such as `learn.dls.test_dl(items)`
-    act=None, # Activation of the outputs. None: that of the loss function
-    last:int=None, # Use only the last so many members. None: all
-    cbs=None, # More callbacks
-    **kwargs, # As in `learn.get_preds`: with_input, with_decoded, with_loss, inner, reorder, concat_dim
-)->tuple: # As from `learn.get_preds`: predictions, targets, ...
-    """The mean over the members of what `learn.get_preds` returns for each: the mean of their softmax outputs, for a classifier. (For torch's own
-    losses, which have no `activation`, too: there `learn.get_preds` returns outputs as they are.)
+        Raises RuntimeError without members, ValueError if the folder holds members or one of these is damaged, OSError
+        if the folder cannot be written."""
+        if not self.n_members:
+            raise RuntimeError('there are no members to save: pass this to a fit first, as a callback')
+        if not rank_distrib(): MemberFolder(folder).save(self.store)
 
-    Memory for the predictions in float64 is needed beside those returned. Raises RuntimeError without members, ValueError for a learner of another architecture
-    or (`with_loss`) for an activation whose inverse is not known."""
-    given,dl = dl is not None or not is_int(ds_idx),self._dl(learn, ds_idx, dl)
-    if isinstance(dl, DataLoader):
-        with preserve_rng(dl):
-            if not given or dl.drop_last: dl = dl.new(shuffle=False, drop_last=False)
-            dl = dl.new(get_idxs=_Same(dl.get_idxs()))           # all members see the same order
-    with_loss = kwargs.get('with_loss', False)
-    def go(vote): return type(learn).get_preds(learn, dl=dl, act=vote.act if with_loss else noop, cbs=[vote, *L(cbs)], **kwargs)
-    return self._vote(learn, dl, act, True if with_loss else None, last, go)
+    def load(self,
+        folder, # Path of a folder that `save` or `keep_on` has written
+    )->'Ensemble': # The callback itself
+        """Use the members in a folder, in place of any present ones; the files stay there.
 
-@patch
-def validate(self:Ensemble,
-    learn:Learner, # The learner of the fit, or another one with the same architecture
-    ds_idx:int=1, # Which DataLoader, if `dl` is None. 0: training. 1: validation
-    dl=None, # DataLoader
-    act=None, # Activation of the outputs. None: that of the loss function
-    inv=None, # Its inverse: outputs that have a given activation. None: found out, for softmax, sigmoid, exp and none at all
-    last:int=None, # Use only the last so many members. None: all
-    cbs=None, # More callbacks
-)->list: # Loss, and each metric of the learner
-    """What `learn.validate` returns, for the ensemble: loss and metrics are given the outputs whose activation is the mean over the members.
-
-    Raises RuntimeError without members, ValueError for a learner of another architecture or an activation whose inverse is not known."""
-    dl = self._dl(learn, ds_idx, dl)
-    return self._vote(learn, dl, act, inv or True, last, lambda vote: learn.validate(dl=dl, cbs=[vote, *L(cbs)]))
-
-@patch
-def predict(self:Ensemble,
-    learn:Learner, # The learner of the fit, or another one with the same architecture
-    item, # What `learn.predict` takes
-    last:int=None, # Use only the last so many members. None: all
-    **kwargs, # As in `learn.predict`: rm_type_tfms, with_input
-)->tuple: # As from `learn.predict`: decoded prediction, its index, the mean of the members' outputs
-    "What `learn.predict` returns, for the ensemble"
-    self._dl(learn, 0, None)
-    own = {k:v for k,v in vars(learn).items() if k=='get_preds'}
-    with uninterrupted(patience=1):
-        try:
-            learn.get_preds = partial(self.get_preds, learn, last=last)
-            return learn.predict(item, **kwargs)
-        finally:
-            vars(learn).pop('get_preds', None)
-            vars(learn).update(own)
-
-# %% ../nbs/40_ensemble.ipynb #3556ca0b
-@patch
-def save(self:Ensemble,
-    folder, # Path of a folder without members, made if it isn't there
-):
-    """Write each member to a file of its own: all of them, or none. Only rank 0 writes.
-
-    Raises RuntimeError without members, ValueError if the folder holds members or one of these is damaged, OSError if
-    the folder cannot be written."""
-    if not self._members: raise RuntimeError('there are no members to save: pass this to a fit first, as a callback')
-    if rank_distrib(): return
-    folder,written = Path(folder),[]
-    if _its(folder): raise ValueError(f'{folder} holds members already: give another folder, or empty this one')
-    with uninterrupted(patience=1) as check:
-        try:
-            for k in range(self.n_members):
-                m = self._get(k)
-                written.append(_file(folder, m['it']))
-                write_file(m, written[-1])
-                check()
-        except BaseException:
-            for o in written: o.unlink(missing_ok=True)
-            raise
-
-@patch
-def load(self:Ensemble,
-    folder, # Path of a folder that `save` or `keep_on` has written
-)->'Ensemble': # The callback itself
-    """Use the members in a folder, in place of any present ones; the files stay there.
-
-    Raises FileNotFoundError if there are none, ValueError, naming the file, for one that is damaged or does not go with
-    the others: nothing is changed then."""
-    folder = Path(folder)
-    its = _its(folder)
-    if not its:
-        raise FileNotFoundError(f'{folder} has no members (files such as {_file(".", 100)}): '
-                                'give a folder that save or keep_on=Path(folder) has written')
-    files = [_file(folder, o) for o in its]
-    read = read_members(files, its)
-    own = isinstance(self.keep_on, Path) and self.keep_on.resolve()==folder.resolve()          # then these files are its own to go on with
-    with uninterrupted(): self._members,self.collected = files if own else read,its
-    return self
+        Raises FileNotFoundError if there are none, ValueError, naming the file, for one that is damaged or does not go
+        with the others: nothing is changed then."""
+        kept,read = self.store.load(folder)
+        with uninterrupted(): self.store.kept,self.collected = kept,[m['it'] for m in read]
+        return self
 
 # %% ../nbs/40_ensemble.ipynb #b94d48b1
 @with_parameters
 class SnapshotEnsemble(Ensemble):
     """Cosine cycles over the whole fit, a member at the end of each; predictions are the mean of the members'.
 
-    The learner's model ends with the weights of the last member. Raises TypeError or ValueError for arguments no fit could use.
-    Source: Huang et al. 2017.
+    The learner's model ends with the weights of the last member. Raises TypeError or ValueError for arguments no fit
+    could use. Source: Huang et al. 2017.
 
     Example:
         snap = SnapshotEnsemble(5)
         learn.fit(60, lr, cbs=snap)
         preds,targs = snap.get_preds(learn)      # the mean of five; snap.validate(learn) for loss and metrics"""
-    _top = None
+    @delegates(Ensemble.__init__)
     def __init__(self,
         n_cycles:int=5, # Cycles in the fit, 1 or more: the papers' M
-        lr_max=None, # Learning rate at the beginning of each: a number, slice or list. None: the highest that the fit would have
-        last:int=None, # Keep only the last so many members, 1 or more: the papers' m. None: all
-        keep_on='cpu', # Where members are: 'cpu', 'disk' (files that go with this object), Path('folder') (files that stay), or a torch device
-        bn_batches:int=0, # Training batches for each member's BatchNorm statistics, measured when the fit ends. 0: the running ones it had. None: all batches
+        lr_max=None, # Learning rate at the beginning of each: number, slice or list. None: the highest of the fit's own
+        **kwargs,
     ):
-        n_cycles,lr_max = plain_number(n_cycles),plain_number(lr_max)
-        check_count(n_cycles, 'n_cycles', 'cycles', none=False)
-        if lr_max is not None: check_lr('lr_max', lr_max)
-        super().__init__(last, keep_on, bn_batches)
-        self.n_cycles,self.lr_max = n_cycles,lr_max
+        self.n_cycles,self.lr_max = check_count(n_cycles, 'n_cycles', 'cycles', none=False),plain_number(lr_max)
+        if lr_max is not None: check_lr('lr_max', self.lr_max)
+        super().__init__(**kwargs)
 
-    def _drives(self, cbs): return True
-    def _plan(self, n_epoch, n_iter): return snapshot_cycles(n_epoch, n_iter, self.n_cycles)
-    def _check_rates(self, n_groups): group_lrs(self.lr_max, [1.]*n_groups, 'lr_max')
-    def _begun(self):
-        self._top,n = None,len(self._cycles.ends)
-        if n and n<self.n_cycles:
-            self._once('few', f'{self.n_cycles} cycles of whole iterations do not fit into {self._cycles.ends[-1]}: '
-                              f'there will be {n}, each of ceil(T/M) iterations')
-    def _rates(self, it):
-        if not self._cycles.ends: return None
-        if self._top is None:
-            self._top = self._highest()
-            self._check_zero(self._top)
-        return snapshot_lr(it, self._cycles.ends[-1], self.n_cycles, self._top)
-    def _highest(self):
-        if self.lr_max is not None: return group_lrs(self.lr_max, self._peaks, 'lr_max')
-        sched = self._scheduled()
-        return self._peaks if sched is None else np.broadcast_to(sched.max(0), self._peaks.shape)
+    def sets_lr(self, others): return True
+    def plan(self, n_epoch, n_iter): return snapshot_cycles(n_epoch, n_iter, self.n_cycles)
+    def check_rates(self, n_groups): group_lrs(self.lr_max, [1.]*n_groups, 'lr_max')
+
+    def training_begins(self):
+        ends = self.fit_state.cycles.ends
+        if 0<len(ends)<self.n_cycles:
+            self.warn_once('few', f'{self.n_cycles} cycles of whole iterations do not fit into {ends[-1]}: '
+                                  f'there will be {len(ends)}, each of ceil(T/M) iterations')
+
+    def rates(self, it):
+        state = self.fit_state
+        if not state.cycles.ends: return None
+        if state.cycle_lrs is None: state.cycle_lrs = self._resolve_lrs(state.peaks)
+        return snapshot_lr(it, state.cycles.ends[-1], self.n_cycles, state.cycle_lrs[0])
+
+    def _resolve_lrs(self, peaks):
+        "The rates at the beginning and at the end of all cycles"
+        sched = None if self.lr_max is not None else self.scheduled_lrs()
+        hi = group_lrs(self.lr_max, peaks, 'lr_max') if self.lr_max is not None else peaks
+        if sched is not None: hi = np.broadcast_to(sched.max(0), peaks.shape)
+        _warn_of_zero(self, hi)
+        return hi,0*hi
 
 # %% ../nbs/40_ensemble.ipynb #50f79bdc
+_swap_them = 'lr_min={} is above lr_max={}: swap them'
+
 @with_parameters
 class FGE(Ensemble):
-    """Fast geometric ensembling: ordinary training, then triangular cycles with a member where the rate is lowest; predictions are the mean of the members'.
+    """Fast geometric ensembling: ordinary training, then triangular cycles with a member where the rate is lowest;
+    predictions are the mean of the members'.
 
-    Without arguments for the schedule and beside an `SWA` in the same fit, it follows that: its members are the very weights that SWA averages.
-    The learner's model ends with the weights of the last member (beside SWA, with the average). Raises TypeError or ValueError here for arguments no fit
-    could use, and at the start of a fit for a `cycle_len` that doesn't fit into it. Source: Garipov et al. 2018.
+    Without arguments for the schedule and beside an `SWA` in the same fit, it follows that: its members are the very
+    weights that SWA averages. The learner's model ends with the weights of the last member (beside SWA, with the
+    average). Raises TypeError or ValueError here for arguments no fit could use, and at the start of a fit for a
+    `cycle_len` that doesn't fit into it. Source: Garipov et al. 2018.
 
     Example:
         fge = FGE()
         learn.fit(60, lr, cbs=fge)
         preds,targs = fge.get_preds(learn)      # the mean over its members; fge.validate(learn) for loss and metrics"""
-    _hi,_lo = None,None
+    @delegates(Ensemble.__init__)
     def __init__(self,
-        start:float=None, # When cycles begin. float in [0,1): share of the fit. int: epochs before them. None: .8, or as a neighbouring SWA has it
+        start:float=None, # When cycles begin: share of the fit, in [0,1), or int: epochs. None: .8, or as SWA beside it
         lr_max=None, # Learning rate between cycles: a number, slice or list. None: half of the highest so far
         lr_min=None, # Learning rate in mid-cycle, where members are taken. None: a hundredth of `lr_max`
-        cycle_len:float=None, # Epochs in a cycle, above 0, fractions allowed. None: four, or less so that there are at least five members
-        last:int=None, # Keep only the last so many members, 1 or more. None: all
-        keep_on='cpu', # Where members are: 'cpu', 'disk' (files that go with this object), Path('folder') (files that stay), or a torch device
-        bn_batches:int=0, # Training batches for each member's BatchNorm statistics, measured when the fit ends. 0: the running ones it had. None: all batches
+        cycle_len:float=None, # Epochs in a cycle, above 0, fractions too. None: four, or less for at least five members
+        **kwargs,
     ):
-        start,lr_max,lr_min,cycle_len = map(plain_number, (start,lr_max,lr_min,cycle_len))
+        start,lr_max = plain_number(start),plain_number(lr_max)
+        lr_min,cycle_len = plain_number(lr_min),plain_number(cycle_len)
         _check_fge(.8 if start is None else start, cycle_len)
         for k,v in dict(lr_max=lr_max, lr_min=lr_min).items():
             if v is not None: check_lr(k, v)
-        if is_num(lr_max) and is_num(lr_min) and lr_max<lr_min:
-            raise ValueError(f'lr_min={lr_min} is above lr_max={lr_max}: swap them')
-        super().__init__(last, keep_on, bn_batches)
-        self.start,self.lr_max,self.lr_min,self.cycle_len = start,lr_max,lr_min,cycle_len
+        if is_num(lr_max) and is_num(lr_min) and lr_max<lr_min: raise ValueError(_swap_them.format(lr_min, lr_max))
+        super().__init__(**kwargs)
+        self.start,self.cycle_len = start,cycle_len
+        self.lr_max,self.lr_min = lr_max,lr_min
 
-    def _drives(self, cbs):
+    def sets_lr(self, others):
         own = any(o is not None for o in (self.start, self.lr_max, self.lr_min, self.cycle_len))
-        return own or not any(cb is not self and not isinstance(cb, Ensemble) and cb._drives([]) for cb in cbs)
-    def _plan(self, n_epoch, n_iter):
-        if self._lead is not None: return self._lead._plan(n_epoch, n_iter)
+        return own or not any(cb is not self and not isinstance(cb, Ensemble) and cb.sets_lr([]) for cb in others)
+
+    def plan(self, n_epoch, n_iter):
+        if self.lr_leader is not None: return self.lr_leader.plan(n_epoch, n_iter)
         return fge_cycles(n_epoch, n_iter, .8 if self.start is None else self.start, self.cycle_len)
-    def _check_rates(self, n_groups):
-        hi,lo = (group_lrs(o, [1.]*n_groups, k) for o,k in ((self.lr_max,'lr_max'),(self.lr_min,'lr_min')))
-        if self.lr_max is not None and self.lr_min is not None and (hi<lo).any(): raise ValueError(f'lr_min={self.lr_min} is above lr_max={self.lr_max}: swap them')
-    def _begun(self): self._hi = None
-    def _rates(self, it):
-        c = self._cycles
+
+    def check_rates(self, n_groups):
+        hi,lo = (group_lrs(o, [1.]*n_groups, k) for o,k in ((self.lr_max,'lr_max'), (self.lr_min,'lr_min')))
+        both = self.lr_max is not None and self.lr_min is not None
+        if both and (hi<lo).any(): raise ValueError(_swap_them.format(self.lr_min, self.lr_max))
+
+    def rates(self, it):
+        state,c = self.fit_state,self.fit_state.cycles
         if not c.ends or it<c.begin: return None
-        if self._hi is None:
-            self._hi = group_lrs(self.lr_max, self._peaks, 'lr_max')
-            self._lo = self._hi/100 if self.lr_min is None else group_lrs(self.lr_min, self._peaks, 'lr_min')
-            self._check_zero(self._hi)
-            if (self._hi<self._lo).any():
-                self._once('rising', f'lr_min={self.lr_min} is above lr_max, which is {self._hi.max():.2g} here: '
-                                     'members are taken where the rate is highest. Give both')
+        if state.cycle_lrs is None: state.cycle_lrs = self._resolve_lrs(state.peaks)
         n = 2*(c.ends[0]-c.begin)
-        return fge_lr(((it-c.begin)%n+1)/n, self._hi, self._lo)
-    def plot_sched(self, ax=None):
-        "Draw the learning rate of the last fit, with a dot wherever a member was taken. Raises RuntimeError before a fit"
-        cycles = self._cycles
-        if self._lead is None and cycles is not None: self._cycles = Cycles(cycles.begin, (), cycles.n_iter)     # a triangle is not cut where a member is taken
-        try: return super().plot_sched(ax)
-        finally: self._cycles = cycles
+        return fge_lr(((it-c.begin)%n+1)/n, *state.cycle_lrs)
+
+    def _resolve_lrs(self, peaks):
+        "The rates at the ends and in the middle of all cycles"
+        hi = group_lrs(self.lr_max, peaks, 'lr_max')
+        lo = hi/100 if self.lr_min is None else group_lrs(self.lr_min, peaks, 'lr_min')
+        _warn_of_zero(self, hi)
+        if (hi<lo).any():
+            self.warn_once('rising', f'lr_min={self.lr_min} is above lr_max, which is {hi.max():.2g} here: '
+                                     'members are taken where the rate is highest. Give both')
+        return hi,lo
+
+    def drawn_cycles(self):
+        "A triangle has no jump"
+        cycles = self.fit_state.cycles
+        return Cycles(cycles.begin, (), cycles.n_iter) if self.fit_state.lr_leader is None else cycles

@@ -6,79 +6,105 @@
 __all__ = []
 
 # %% ../nbs/25_learner.ipynb #40c9a6b1
-from contextlib import contextmanager
+import math
+from contextlib import closing, contextmanager, nullcontext
 from copy import copy, deepcopy
-import math, sys
 
 import torch
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastai.callback.core import CancelTrainException, CancelValidException, GatherPredsCallback
-from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
+from fastai.callback.hook import ActivationStats, HookCallback
 from fastai.callback.mixup import MixHandler
-from fastai.callback.rnn import ModelResetter
+from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.callback.training import set_bn_eval, BnFreeze
-from fastai.learner import AvgLoss, Learner, ValueMetric
+from fastai.learner import AvgLoss, CastToTensor, Learner, Recorder, ValueMetric, replacing_yield
 from fastai.torch_core import get_model
 
-from .batchnorm import BNMeter, BNStats, bn_layers, check_dl, check_lazy, check_scripted, force_eager, layer_names
-from .batchnorm import measured_by_all
-from .loader import drop_padding, is_sharded, preserve_rng, rebatch, reducible_bs, set_attrs
-from .params import get_modes, is_ddp, preserve_buffers, set_modes, unwrap
-from .processes import all_gather, world_size
+from .batchnorm import BNMeter, BNStats, bn_layers, check_dl, check_measurable, force_eager, layer_names
+from .batchnorm import preserve_modes
+from .loader import drop_padding, is_sharded, preserve_attrs, preserve_rng, rebatch, reducible_bs
+from .params import is_ddp, preserve_buffers, unwrap
+from .processes import all_gather, together, world_size
 from .utils import LateBar, check_count, is_a, uninterrupted, warn_user
 
 # %% ../nbs/25_learner.ipynb #cfd789e1
-def is_distributed(cb): return is_a(cb, 'DistributedTrainer')
+def is_distributed(cb)->bool:
+    "Whether `cb` is what makes a fit a distributed one. By name, as importing fastai's needs accelerate"
+    return is_a(cb, 'DistributedTrainer')
+
+def _handles(cb, *events):
+    "Whether `cb` has a method for one of these events"
+    return any(getattr(type(cb), o, None) or o in vars(cb) for o in events)
+
+def _shapes_forward(cb):
+    if isinstance(cb, ModelResetter) or is_distributed(cb): return True
+    if isinstance(cb, (MixHandler,GatherPredsCallback)) or getattr(type(cb), 'remove_on_fetch', False): return False
+    if is_a(cb, 'TensorBoardBaseCallback'): return False               # looks at predictions, to log them
+    return cb.run_valid and _handles(cb, 'before_batch', 'after_pred', 'after_loss')
 
 def forward_cbs(
     cbs, # Callbacks of a learner
 )->list: # Those without which the model would compute something else
     "The callbacks that shape the forward pass"
-    def has(cb, *evs): return any(getattr(type(cb), e, None) or e in vars(cb) for e in evs)
-    def keep(cb):
-        if isinstance(cb, ModelResetter) or is_distributed(cb): return True
-        if isinstance(cb, (MixHandler, GatherPredsCallback)) or getattr(type(cb),'remove_on_fetch',False): return False
-        if is_a(cb, 'TensorBoardBaseCallback'): return False                                       # looks at predictions, to log them
-        return cb.run_valid and has(cb, 'before_batch', 'after_pred', 'after_loss')
-    return [cb for cb in cbs if keep(cb)]
+    return [cb for cb in cbs if _shapes_forward(cb)]
 
 # %% ../nbs/25_learner.ipynb #3a0dd4e4
-cancel_exceptions = CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException
-
-def _going_on(learn):
-    "Whether a fit or a validation of `learn` is going on. Its `dl` does not tell: `validate` leaves it behind"
-    f = sys._getframe()
-    while f is not None and not (f.f_code is Learner._with_events.__code__ and f.f_locals.get('self') is learn): f = f.f_back
-    return f is not None
+cancel_exceptions = (CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
+                     CancelValidException)
 
 class _BatchEnd(Callback):
     "Moves the bar, and is where Ctrl-C is obeyed"
-    order = 1000
-    def __init__(self, bar, check): self.bar,self.check,self.i = bar,check,0
+    order = 1000                                   # after whatever else there is
+    def __init__(self, bar, check): self.bar,self.check = bar,check
     def after_batch(self):
-        self.i += 1
-        if self.bar is not None: self.bar.update(self.i)
+        if self.bar is not None: self.bar.update(self.learn.iter+1)
         self.check()
 
 class _LeaveAutocast(Callback):
     "An autocast that `MixedPrecision` has entered is left also where an error or a cancel ends the batch"
-    order = MixedPrecision.order+.5
-    def __init__(self, cbs): self.inside,self.mixed = False,[cb for cb in cbs if isinstance(cb, MixedPrecision)]
-    def before_batch(self): self.inside = True
-    def after_loss(self): self.inside = False
-    def after_cancel_batch(self): self.leave()
-    def leave(self):
-        if not self.inside: return
-        self.inside = False
-        for cb in self.mixed: cb.after_loss()
+    order = MixedPrecision.order+.5                # once it has entered in `before_batch`, and left in `after_loss`
+    def __init__(self, cbs): self.mixed,self.entered = [cb for cb in cbs if isinstance(cb, MixedPrecision)],False
+    def before_batch(self): self.entered = True
+    def after_loss(self): self.entered = False
+    def after_cancel_batch(self): self.close()
+    def close(self):
+        "Have `MixedPrecision` do what it does after the loss, if it hasn't yet"
+        if not self.entered: return
+        self.entered = False
+        for cb in self.mixed: cb('after_loss')
 
+# %% ../nbs/25_learner.ipynb #df1fa32c
 def _tell(learn, event):
     "All callbacks hear of `event`: one that cancels means no side pass, and those after it have things to prepare"
     for cb in learn.cbs.sorted('order'):
         try: cb(event)
         except cancel_exceptions: pass
+
+@contextmanager
+def _only_cbs(learn, kept, added):
+    "Inside the block `learn` has the callbacks `kept` of its own, and `added`"
+    runs = [(cb,cb.run) for cb in kept]
+    try:
+        learn.cbs = L(*kept, *added)
+        for cb in added: cb.learn = learn
+        yield
+    finally:
+        for cb in added: cb.learn = None
+        for cb,run in runs: cb.run = run           # after_fit has switched all of them on
+
+@contextmanager
+def _set_up(learn, inner):
+    "Inside the block callbacks are set up as in a fit, which they are already if the pass is an inner one"
+    if inner:
+        yield
+        return
+    learn.epoch,learn.n_epoch = 0,1
+    _tell(learn, 'before_fit')
+    try: yield
+    finally: _tell(learn, 'after_fit')
 
 # %% ../nbs/25_learner.ipynb #658e6150
 @contextmanager
@@ -87,36 +113,20 @@ def isolated_pass(
     dl, # The DataLoader that will be used
     cbs=(), # Callbacks to run beside those that shape the forward pass
     bar=None, # Progress bar (`pass_bar`) that goes on with each batch and is closed in the end; None: no bar
-):
+    inner:bool=False, # Whether a fit or a validation of `learn` is going on, whose callbacks are set up already
+): # Generator of `learn`
     """Run batches through the machinery of `learn` inside the block (see `run_pass`), and find the learner, its
-    model's modes and buffers and all random streams (see `preserve_rng`) unchanged after it. Ctrl-C waits for the end of
-    a batch, or of the block; a second one doesn't."""
-    with uninterrupted(patience=1) as check:
-        kept = forward_cbs(learn.cbs)
+    model's modes and buffers and all random streams (see `preserve_rng`) unchanged after it. Ctrl-C waits for the end
+    of a batch, or of the block; a second one doesn't."""
+    with uninterrupted(patience=1) as check, nullcontext() if bar is None else closing(bar):
+        kept,inner = forward_cbs(learn.cbs),inner or '_aside' in vars(learn)
         autocast = _LeaveAutocast(kept)
-        cbs = [*cbs, autocast, _BatchEnd(bar, check)]
-        saved,modes,runs = dict(vars(learn)),get_modes(learn.model),[(cb,cb.run) for cb in kept]
-        # if no fit, validation or other side pass is going on, callbacks are not set up
-        outside = not ('_aside' in vars(learn) or _going_on(learn))
-        streams = preserve_rng(dl, *learn.dls.loaders, busy=learn.training, others=kept)
-        try:
-            with streams, preserve_buffers(learn.model), force_eager(learn.model):
-                learn.cbs = L(*kept, *cbs)
-                for cb in cbs: cb.learn = learn
-                learn.training,learn.dl,learn._aside = False,dl,True
-                if outside:
-                    learn.epoch,learn.n_epoch = 0,1
-                    _tell(learn, 'before_fit')
-                try: yield learn
-                finally:
-                    autocast.leave()
-                    if outside: _tell(learn, 'after_fit')
-        finally:
-            for cb in cbs: cb.learn = None
-            for cb,run in runs: cb.run = run                              # after_fit has switched all of them on
-            set_attrs(learn, saved)
-            set_modes(modes)
-            if bar is not None: bar.close()
+        with (preserve_modes(learn.model), preserve_attrs(learn),
+              _only_cbs(learn, kept, [*cbs, autocast, _BatchEnd(bar, check)]),
+              preserve_rng(dl, *learn.dls.loaders, busy=learn.training, others=kept),
+              preserve_buffers(learn.model), force_eager(learn.model)):
+            learn.training,learn.dl,learn._aside = False,dl,True
+            with _set_up(learn, inner), closing(autocast): yield learn
 
 # %% ../nbs/25_learner.ipynb #bf7de1ac
 @torch.no_grad()
@@ -148,96 +158,119 @@ def pass_bar(
 # %% ../nbs/25_learner.ipynb #808cbf80
 class ScoreMeter(Callback):
     "Loss and metrics over a side pass, and the loss of each batch"
-    order = 50
-    def __init__(self, mets, n_batches=None):
-        self.mets,self.n_batches,self.losses,self.i = mets,n_batches,[],0
-        for m in mets: m.reset()                  # also where somebody's callback cancels the pass before it begins
+    order = Recorder.order                         # it takes its place
+    def __init__(self,
+        mets, # Metrics, which are reset now
+        n_batches:int=None, # Batches to look at; None: all
+    ):
+        self.mets,self.n_batches,self.losses = mets,n_batches,[]
+        for m in mets: m.reset()                   # also where somebody's callback cancels the pass before it begins
+
     def before_validate(self): get_model(self.learn.model).eval()
+
     def after_batch(self):
         if len(self.learn.yb):
             for m in self.mets: m.accumulate(self.learn)
             self.losses.append(float(self.learn.to_detach(self.learn.loss.mean())))
-        self.i += 1
-        if self.i==self.n_batches: raise CancelValidException()
-    def values(self):
+        if self.learn.iter+1==self.n_batches: raise CancelValidException()
+
+    def values(self)->list:
+        "The value of each metric, nan where it has none"
         vals = [m.value for m in self.mets]
         return [math.nan if v is None else v.item() if hasattr(v, 'item') else v for v in vals]
 
 def copy_metric(metric):
-    "The Recorder has read the metric already, so one that cannot be copied may serve itself"
+    "A copy. The Recorder has read the metric already, so one that cannot be copied may serve itself"
     for f in (deepcopy, copy):
         try: return f(metric)
         except Exception: pass
     return metric
 
-def model_metrics(learn): return [m for m in learn.metrics if not isinstance(m, ValueMetric)]      # those do not depend on the model
+def model_metrics(learn)->list:
+    "The learner's metrics that depend on the model"
+    return [m for m in learn.metrics if not isinstance(m, ValueMetric)]
 
-def score(learn, metrics=(), n_batches=None, dl=None, comment='average'):
-    "A `ScoreMeter` that has seen what the model of `learn` makes of validation batches; nothing is changed"
+def score(
+    learn:Learner, # The learner, perhaps in the middle of a fit
+    metrics=(), # Metrics beside the loss; copies of them are used
+    n_batches:int=None, # Batches to look at; None: all
+    dl=None, # DataLoader; None: the validation one
+    comment='average', # What the progress bar says, if there is one
+    inner:bool=False, # Whether a fit or a validation of `learn` is going on
+)->ScoreMeter: # `values()`: the loss and each metric; `losses`: the loss of each batch
+    "What the model of `learn` makes of validation batches; nothing is changed"
     dl = learn.dls.valid if dl is None else dl
     meter = ScoreMeter([AvgLoss(), *map(copy_metric, metrics)], n_batches)
-    with isolated_pass(learn, dl, [meter], pass_bar(learn, min(len(dl), n_batches or len(dl)), comment)): run_pass(learn)
+    bar = pass_bar(learn, min(len(dl), n_batches or len(dl)), comment)
+    with isolated_pass(learn, dl, [meter], bar, inner): run_pass(learn)
     return meter
 
 # %% ../nbs/25_learner.ipynb #2f3a5533
 class BNMeterCallback(Callback):
     "Drives a `BNMeter` with the batches of a side pass"
-    order = 100
-    def __init__(self, n_batches, shared, meet): self.n_batches,self.shared,self.meet,self.i = n_batches,shared,meet,0
-    def before_validate(self):
-        self.learn.model = unwrap(self.learn.model)          # no process waits for another, no replica measures what nobody will see
-        if self.shared and not self.measure.synced: drop_padding(self.learn.dl)
-        self.measure.arm(self.learn.model)
-        self.meet()
-    def after_batch(self):
-        self.measure.batch_done()
-        self.i += 1
-        if self.i==self.n_batches: raise CancelValidException()
+    order = Recorder.order+50                      # after all that prepare a validation: loader and modes are final
+    def __init__(self, meter, group, n_batches=None): self.meter,self.group,self.n_batches = meter,group,n_batches
 
-def _shared(learn, dl):
+    def before_validate(self):
+        self.learn.model = unwrap(self.learn.model)
+        if self.group.shared and not self.meter.synced: drop_padding(self.learn.dl)
+        self.meter.bn_train_only(self.learn.model)
+        self.group.barrier()
+
+    def after_batch(self):
+        self.meter.batch_done()
+        if self.learn.iter+1==self.n_batches: raise CancelValidException()
+
+# %% ../nbs/25_learner.ipynb #c1ced821
+_known = CastToTensor,MixedPrecision,NonNativeMixedPrecision,ModelResetter,RNNCallback,HookCallback,ActivationStats
+
+def _is_known(cb): return type(cb) in _known or is_distributed(cb)
+
+def _needs_rest(cb):
+    "Whether `cb` may count on the rest of the forward pass, and on the loss"
+    if _is_known(cb): return False
+    own_call = type(cb).__call__ is not Callback.__call__
+    return own_call or _handles(cb, 'after_pred', 'after_loss', 'after_batch', 'after_cancel_batch')
+
+def _why_cut(cut, cbs):
+    "What to say of a pass that a callback has ended before its first batch was over"
+    who = ' or '.join(type(cb).__name__ for cb in cbs if not _is_known(cb)) or 'a callback'
+    return f'{who} raised {type(cut).__name__} before the end of the first batch'
+
+_replacing = contextmanager(replacing_yield)     # a bare generator in fastai: an attribute is put back after the block
+
+def _is_shared(learn, dl):
     "Whether all processes measure together, each its part of the data"
     return world_size()>1 and (is_ddp(learn.model) or any(map(is_distributed, learn.cbs)) or is_sharded(dl))
 
-def _of_fastai(cb): return type(cb).__module__.startswith('fastai.') and type(cb) is not Callback
-
-def _why_cut(cut, cbs):
-    "What to say of a pass that a callback has ended"
-    who = ' or '.join(type(cb).__name__ for cb in cbs if not _of_fastai(cb)) or 'a callback'
-    return '' if cut is None else f'{who} raised {type(cut).__name__} before the end of the first batch'
-
+# %% ../nbs/25_learner.ipynb #9950e8cd
 def measure_bn(
     learn:Learner, # The learner, perhaps in the middle of a fit
     layers:list, # BatchNorm layers to measure
     n_batches:int=None, # Batches to use, of the size that `dl` has; None: all
     dl=None, # DataLoader; None: the training one
     bs:int=None, # Take the same data in batches of so many items; None: as `dl` gives them
+    inner:bool=False, # Whether a fit or a validation of `learn` is going on
 )->BNStats: # Statistics of the weights the model has now; None if there is nothing to measure
     """Population statistics over the training data as training sees it; nothing is changed, nothing installed.
 
     Raises TypeError for a `bs` that `dl` cannot have, ValueError for a lazy layer that has seen no batch yet."""
-    check_scripted(learn.model)
+    check_measurable(learn.model, layers or [])
     if not layers: return None
-    check_lazy(learn.model, layers)
     dl = learn.dls.train if dl is None else dl
     total = min(len(dl), n_batches or len(dl))
-    if bs is not None:
-        total = -(-total*reducible_bs(dl)//bs)
-        n_batches = None if n_batches is None else total
-    bar,kept,shared = pass_bar(learn, total),forward_cbs(learn.cbs),_shared(learn, dl)
-    names = layer_names(learn.model, layers)
-    def run(meet):
-        pump = BNMeterCallback(n_batches, shared, meet)
-        with isolated_pass(learn, dl, [pump], bar):
+    if bs is not None: total = -(-total*reducible_bs(dl)//bs)
+    bar,names,kept = pass_bar(learn, total),layer_names(learn.model, layers),forward_cbs(learn.cbs)
+    with together(_is_shared(learn, dl), layers[0].running_mean.device) as group:
+        with isolated_pass(learn, dl, bar=bar, inner=inner), _replacing(learn, 'model', learn.model):
             if bs is not None: rebatch(dl, bs)
-            wrapped,model = learn.model,unwrap(learn.model)
             # a distributed trainer may just have made SyncBatchNorm of the layers
-            pump.measure = measure = BNMeter([model.get_submodule(k) for k in names])
-            measure.may_stop = all(map(_of_fastai, kept))      # others may count on after_loss
-            with measure.attached(model):
-                try: measure.cut = _why_cut(run_pass(learn), kept)
-                finally: learn.model = wrapped
-        return measure
-    return measured_by_all(run, shared, layers[0].running_mean.device).result(learn.model)
+            model = unwrap(learn.model)
+            meter = BNMeter([model.get_submodule(k) for k in names], may_stop=not any(map(_needs_rest, kept)))
+            listener = BNMeterCallback(meter, group, None if n_batches is None else total)
+            with meter.attached(model), learn.added_cbs(listener): cut = run_pass(learn)
+        meter.merge_state(group.gather(meter.state()))
+    return meter.stats(learn.model) if cut is None else meter.stats(learn.model, _why_cut(cut, kept))
 
 # %% ../nbs/25_learner.ipynb #a7ba7bf2
 _OutOfMemory = getattr(torch, 'OutOfMemoryError', torch.cuda.OutOfMemoryError)
@@ -250,33 +283,37 @@ def is_out_of_memory(
     said = isinstance(e, RuntimeError) and any(o in str(e).lower() for o in _no_memory)
     return said or isinstance(e, (_OutOfMemory,MemoryError))
 
+def _smaller(dl, bs, least, e):
+    "Half of the batch size that failed with `e`. Raises torch.OutOfMemoryError if it's too small, or not for `dl`"
+    try: tried = bs or reducible_bs(dl)
+    except TypeError as why: raise _OutOfMemory(f'{e}. BatchNorm statistics: {why}') from e
+    if tried//2>=least: return tried//2
+    raise _OutOfMemory(f'{e}. BatchNorm statistics could not be measured, not even with batches of {tried} '
+                       'items: free some memory, and call learn.update_bn()') from e
+
 def measure_bn_within_memory(
     learn:Learner, # The learner, perhaps in the middle of a fit
     layers:list, # BatchNorm layers to measure
     n_batches:int=None, # Batches to use, of the size that `dl` has; None: all
     dl=None, # DataLoader; None: the training one
     least:int=4, # Items in the smallest batch to try
+    inner:bool=False, # Whether a fit or a validation of `learn` is going on
 )->BNStats: # Statistics of the weights the model has now; None if there is nothing to measure
     """`measure_bn`, with smaller batches if the memory does not suffice, and one warning then.
 
     Raises torch.OutOfMemoryError if it does not suffice for the smallest either."""
     dl,bs = learn.dls.train if dl is None else dl,None
-    shared = bool(layers) and _shared(learn, dl)
+    shared = bool(layers) and _is_shared(learn, dl)
     while True:
         try:
-            res = measure_bn(learn, layers, n_batches, dl, bs)
+            res = measure_bn(learn, layers, n_batches, dl, bs, inner)
             break
         except Exception as e:
             again = is_out_of_memory(e)
             # an error in one process is one in all of them, so that they can decide together
             if shared: again = all(all_gather(again, dev=layers[0].running_mean.device))
             if not again: raise
-            try: tried = bs or reducible_bs(dl)
-            except TypeError as why: raise _OutOfMemory(f'{e}. BatchNorm statistics: {why}') from e
-            bs = tried//2
-            if bs<least:
-                raise _OutOfMemory(f'{e}. BatchNorm statistics could not be measured, not even with batches of {tried} '
-                                   'items: free some memory, and call learn.update_bn()') from e
+            bs = _smaller(dl, bs, least, e)
         # the exception is gone here, and with it the frames that held tensors
         if torch.cuda.is_initialized(): torch.cuda.empty_cache()
     if bs is not None:
@@ -290,21 +327,20 @@ def trained_layers(
 )->list: # BatchNorm layers
     "The layers that `learn` trains: all but those that `BnFreeze` keeps frozen"
     model = unwrap(learn.model)
-    with uninterrupted():
-        modes = get_modes(model)
-        try:
-            model.train()
-            if any(isinstance(cb, BnFreeze) for cb in learn.cbs): set_bn_eval(model)
-            return bn_layers(model)
-        finally: set_modes(modes)
+    with uninterrupted(), preserve_modes(model):
+        model.train()
+        if any(isinstance(cb, BnFreeze) for cb in learn.cbs): set_bn_eval(model)
+        return bn_layers(model)
 
 # %% ../nbs/25_learner.ipynb #2f375921
 @patch
 def update_bn(self:Learner,
     n_batches:int=None, # Training batches to use, 1 or more; None: all
     dl=None, # DataLoader to use instead of the training one
+    inner:bool=False, # Whether a callback calls this, while a fit or a validation of the learner is going on
 ):
-    """Give the BatchNorm layers of the model the statistics of the training data, as training sees it, for the weights they have now.
+    """Give the BatchNorm layers of the model the statistics of the training data, as training sees it, for the
+    weights they have now.
 
     Layers that `BnFreeze` keeps frozen stay as they are; MixUp and CutMix do not enter; if the memory does not
     suffice, smaller batches are used and a warning says so; see `update_bn` for the rest. Raises TypeError or
@@ -314,5 +350,5 @@ def update_bn(self:Learner,
         raise TypeError('learn.update_bn(dl): the first argument is a number of batches, type learn.update_bn(dl=dl)')
     n_batches = check_count(n_batches)
     if dl is not None: check_dl(dl, 'learn.update_bn(dl={})')
-    stats = measure_bn_within_memory(self, trained_layers(self), n_batches, dl)
+    stats = measure_bn_within_memory(self, trained_layers(self), n_batches, dl, inner=inner)
     if stats is not None: stats.install()

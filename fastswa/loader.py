@@ -19,30 +19,53 @@ from fastai.data.load import DataLoader as FastaiDataLoader
 from .utils import is_a, uninterrupted
 
 # %% ../nbs/12_loader.ipynb #b7ef7556
-def stateful_loaders(dl):
+def stateful_loaders(
+    dl, # DataLoader of fastai or torch, or what wraps one. Anything else has none
+): # Generator of objects
     "Loaders and samplers in `dl` that keep a state of their own"
     while dl is not None:
         if isinstance(dl, FastaiDataLoader): yield dl
-        elif isinstance(dl, torch.utils.data.DataLoader): yield from (dl, dl.sampler, dl.batch_sampler, getattr(dl.batch_sampler,'sampler',None))
-        dl = vars(dl).get('dl') if hasattr(dl,'__dict__') else None    # a distributed loader wraps another
+        elif isinstance(dl, torch.utils.data.DataLoader):
+            yield from (dl, dl.sampler, dl.batch_sampler, getattr(dl.batch_sampler, 'sampler', None))
+        dl = vars(dl).get('dl') if hasattr(dl, '__dict__') else None       # a distributed loader wraps another
 
-_made_of = ['dataset', 'datasets', 'tls', 'tfms', 'fs', 'transform', 'transforms', 'target_transform',
-            'after_item', 'before_batch', 'after_batch']
+_components = ['dataset', 'datasets', 'tls', 'tfms', 'fs', 'transform', 'transforms', 'target_transform',
+               'after_item', 'before_batch', 'after_batch']
 
 def _is_list(o): return type(o) in (list,tuple,L)      # what is derived from these may read its items from a disk
 
-def _parts(o, seen):
+def _walk(o, seen):
     "`o` and all that it is made of and that may keep a random stream: data sets in data sets, transforms in pipelines"
     if _is_list(o):
-        for x in o: yield from _parts(x, seen)
-    elif hasattr(o,'__dict__') and id(o) not in seen:
+        for x in o: yield from _walk(x, seen)
+    elif hasattr(o, '__dict__') and id(o) not in seen:
         seen.add(id(o))
         yield o
-        for k in _made_of:
+        for k in _components:
             v = vars(o).get(k)
-            if not (k=='dataset' and _is_list(v)): yield from _parts(v, seen)      # such a list holds items
+            if not (k=='dataset' and _is_list(v)): yield from _walk(v, seen)      # such a list holds items
 
-_streams = {random.Random: ('getstate','setstate'), torch.Generator: ('get_state','set_state'), np.random.RandomState: ('get_state','set_state')}
+# %% ../nbs/12_loader.ipynb #fcec4fa6
+def set_attrs(o, attrs):
+    "Give `o` these attributes and no others"
+    vars(o).clear()
+    vars(o).update(attrs)
+
+@contextmanager
+def preserve_attrs(
+    *objs, # Objects with a `__dict__`
+):
+    "Which attributes the objects have, and what these refer to, is after the block as before it"
+    was = [(o,dict(vars(o))) for o in objs]
+    try: yield
+    finally:
+        for o,attrs in was: set_attrs(o, attrs)
+
+def _put_back(xs, old):
+    for i,x in enumerate(old): xs[i] = x
+
+_rngs = {random.Random: ('getstate','setstate'), torch.Generator: ('get_state','set_state'),
+         np.random.RandomState: ('get_state','set_state')}
 
 def _undo(v):
     "Function and argument that put `v` back to what it is now; None for what is no random stream"
@@ -50,15 +73,29 @@ def _undo(v):
     if isinstance(v, np.random.Generator): return partial(setattr, v.bit_generator, 'state'),v.bit_generator.state
     # shuffled in place by a language model's loader
     if isinstance(v, ReindexCollection): return partial(_put_back, v.idxs),list(v.idxs)
-    return next(((getattr(v,put),getattr(v,get)()) for cls,(get,put) in _streams.items() if isinstance(v, cls)), None)
+    return next(((getattr(v,put),getattr(v,get)()) for cls,(get,put) in _rngs.items() if isinstance(v, cls)), None)
 
-def _put_back(xs, old):
-    for i,x in enumerate(old): xs[i] = x
+@contextmanager
+def _preserve_held(*objs):
+    "Random streams that the objects, or what they are made of, keep as attributes"
+    seen = set()
+    undo = [_undo(v) for o in objs for part in _walk(o, seen) for v in vars(part).values()]
+    try: yield
+    finally:
+        for f,was in filter(None, undo): f(was)
 
-def set_attrs(o, attrs):
-    vars(o).clear()
-    vars(o).update(attrs)
+@contextmanager
+def _preserve_global():
+    "Python's, numpy's and torch's random streams, those of all GPUs in use included"
+    py,npy = random.getstate(),np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices): yield
+    finally:
+        random.setstate(py)
+        np.random.set_state(npy)
 
+# %% ../nbs/12_loader.ipynb #55d3da06
 @contextmanager
 def preserve_rng(
     *dls, # DataLoaders (fastai's or torch's) whose own random state is to be kept too
@@ -66,59 +103,59 @@ def preserve_rng(
     others=(), # More objects whose attributes may be random streams
 ):
     """Python's, numpy's and torch's random streams, and those that loaders, data sets and transforms keep as
-    attributes, are after the block what they were before it
+    attributes, are after the block what they were before it; the attributes of loaders and samplers too.
 
     What cannot be kept: state within persistent workers, in files and in C libraries, what a data set counts or
     caches, the place of an iterable data set."""
     with uninterrupted(patience=1):
-        py,npy = random.getstate(),np.random.get_state()
-        own,seen = {id(o):o for dl in dls for o in stateful_loaders(dl) if hasattr(o,'__dict__')}.values(),set()
-        attrs = [(o,dict(vars(o))) for o in own]
-        parts = [part for o in (*own, *others) for part in _parts(o, seen)]
-        undo = [u for part in parts for u in map(_undo, vars(part).values()) if u is not None]
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-        try:
+        own = {id(o):o for dl in dls for o in stateful_loaders(dl) if hasattr(o,'__dict__')}.values()
+        with preserve_attrs(*own), _preserve_held(*own, *others), _preserve_global():
             if busy:
                 for o in own:       # persistent workers serve one iteration: another one would end it
                     if getattr(o,'_iterator',None) is not None: o._iterator = None
-            with torch.random.fork_rng(devices): yield
-        finally:
-            random.setstate(py)
-            np.random.set_state(npy)
-            for o,was in attrs: set_attrs(o, was)
-            for f,was in undo: f(was)
-
-# %% ../nbs/12_loader.ipynb #d1aed7dc
-_sharders = {'DistributedDL','DistributedSampler','BatchSamplerShard','DataLoaderDispatcher','IterableDatasetShard'}   # fastai's, torch's, accelerate's
-
-def is_sharded(dl)->bool:
-    "Whether each process gets another part of the data from `dl`"
-    return any(is_a(o, *_sharders) for o in (*stateful_loaders(dl), getattr(dl,'dataset',None)))
-
-def drop_padding(dl):
-    "fastai's loader repeats some items so that each process has as many: in the next iteration of `dl` they are left out. One that drops its last batch drops items anyway"
-    if not is_a(dl, 'DistributedDL') or dl.drop_last: return
-    def get_idxs():
-        del dl.get_idxs                                         # for one iteration, and never sent to a worker
-        idxs = dl.get_idxs()
-        return idxs[:max(dl.n-dl.rank*dl.n_padded//dl.world_size, 0)]
-    dl.get_idxs = get_idxs
+            yield
 
 # %% ../nbs/12_loader.ipynb #009da392
-def batch_size(dl): return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 0
+def batch_size(dl)->int:
+    "Items in a batch of `dl`, 0 if it does not say"
+    return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 0
 
 def dl_len(dl):
     "Batches in `dl`, None if it does not know"
     try: return len(dl)
     except TypeError: return None
 
-def reducible_bs(dl):
-    "Items in a batch of `dl`. Raises TypeError if they cannot be fewer"
+def reducible_bs(dl)->int:
+    """Items in a batch of `dl`, of which `rebatch` can make fewer.
+
+    Raises TypeError where they cannot be fewer: in torch's loaders and those of language models."""
     if not isinstance(dl, FastaiDataLoader) or dl.bs is None or is_a(dl, 'LMDataLoader'):
         raise TypeError(f'a {type(dl).__name__} gives batches of one size only: give dl= a loader with smaller batches')
     return dl.bs
 
-def rebatch(dl, bs):
+def rebatch(
+    dl, # A loader that `reducible_bs` accepts
+    bs:int, # Items in a batch
+):
     "Batches of `bs` items from `dl`, until `preserve_rng` puts its attributes back"
     for o in stateful_loaders(dl):
         if isinstance(o, FastaiDataLoader): o.bs = bs
+
+# %% ../nbs/12_loader.ipynb #d1aed7dc
+# fastai's, torch's, accelerate's; by name, as none of them need be installed
+_sharders = {'DistributedDL','DistributedSampler','BatchSamplerShard','DataLoaderDispatcher','IterableDatasetShard'}
+
+def is_sharded(dl)->bool:
+    "Whether each process gets another part of the data from `dl`"
+    return any(is_a(o, *_sharders) for o in (*stateful_loaders(dl), getattr(dl,'dataset',None)))
+
+def _unpadded_idxs(dl):
+    "What `dl.get_idxs()` gives, without repeats. Serves once, and is gone before workers are started"
+    del dl.get_idxs
+    idxs = dl.get_idxs()
+    return idxs[:max(dl.n-dl.rank*dl.n_padded//dl.world_size, 0)]
+
+def drop_padding(dl):
+    """In the next iteration of `dl`, fastai's `DistributedDL` leaves out the items that it repeats to give each
+    process as many. One that drops its last batch drops items anyway, and any other loader is left as it is."""
+    if is_a(dl, 'DistributedDL') and not dl.drop_last: dl.get_idxs = partial(_unpadded_idxs, dl)

@@ -16,14 +16,6 @@ from torch.nn.parameter import is_lazy
 
 from .utils import uninterrupted
 
-# %% ../nbs/02_params.ipynb #6ea387c9
-def wide_dtype(dtype):
-    "The type in which weights of `dtype` are averaged"
-    if dtype.is_complex: return torch.complex64 if dtype.itemsize<8 else dtype
-    return torch.float32 if dtype.itemsize<4 else dtype
-
-def as_real(t): return torch.view_as_real(t) if t.is_complex() else t
-
 # %% ../nbs/02_params.ipynb #c65f5cc3
 def wrappers(
     model:nn.Module, # A module, perhaps wrapped by `torch.compile`, `DataParallel` or `DistributedDataParallel`
@@ -45,16 +37,35 @@ def unwrap(
 
 def is_ddp(model): return any(isinstance(o, DistributedDataParallel) for o in wrappers(model))
 
-def own_name(k): return '.'.join(o for o in k.split('.') if o!='_orig_mod')     # as it is where no part of the model is compiled
+def own_name(k):
+    "The name of a parameter or layer without those that `torch.compile` adds where a part of the model is compiled"
+    return '.'.join(o for o in k.split('.') if o!='_orig_mod')
 
 # %% ../nbs/02_params.ipynb #d0bd47e2
-def named_params(model):
-    "Name and parameter of everything in `model` that has a mean"
+def named_params(
+    model:nn.Module, # A module, perhaps wrapped
+)->dict: # Name -> parameter
+    """Name and parameter of everything in `model` that has a mean.
+
+    Raises ValueError for lazy modules without values, and where there is nothing to average, TypeError for what is no
+    module."""
     res = {own_name(k):p for k,p in unwrap(model).named_parameters() if p.is_floating_point() or p.is_complex()}
-    lazy = [k for k,p in res.items() if nn.parameter.is_lazy(p)]
-    if lazy: raise ValueError(f'{lazy[0]} has no values yet (a lazy module): run one batch through the model before averaging it')
+    lazy = [k for k,p in res.items() if is_lazy(p)]
+    if lazy:
+        raise ValueError(f'{lazy[0]} has no values yet (a lazy module): '
+                         'run one batch through the model before averaging it')
     if not res: raise ValueError('the model has no floating point parameters: there is nothing to average')
     return res
+
+# %% ../nbs/02_params.ipynb #6ea387c9
+def wide_dtype(dtype):
+    "The type in which weights of `dtype` are averaged"
+    if dtype.is_complex: return torch.complex64 if dtype.itemsize<8 else dtype
+    return torch.float32 if dtype.itemsize<4 else dtype
+
+def as_real(t):
+    "A complex tensor as a real one of its memory, with a last axis of 2; any other as it is"
+    return torch.view_as_real(t) if t.is_complex() else t
 
 # %% ../nbs/02_params.ipynb #ef2e1aab
 def get_modes(model): return [(m,m.training) for m in model.modules()]
@@ -91,30 +102,26 @@ def as_trained(
         yield True
     finally: set_modes(modes)
 
-# %% ../nbs/02_params.ipynb #177d316c
-class Structure:
-    "Remember the modules and parameters of `model`, to see later whether any was replaced"
-    def __init__(self, model):
-        self.dicts = [d for m in model.modules() for d in (m._modules, m._parameters) if isinstance(d, dict)]   # TorchScript has none
-        self.sizes = list(map(len, self.dicts))
-        self.links = list(zip(*((d,k,v) for d in self.dicts for k,v in d.items()))) or [(),(),()]
-        self.movers = movers(model)
-        embs = [m for m in model.modules() if isinstance(m, (nn.Embedding,nn.EmbeddingBag))]
-        self.trimmed = {m.weight:m for m in embs if m.max_norm is not None}
-
-    def same(self):
-        ds,ks,vs = self.links
-        return list(map(len, self.dicts))==self.sizes and all(map(is_, map(dict.get, ds, ks), vs))
-
 # %% ../nbs/02_params.ipynb #f866fee0
+def trimmed_weights(
+    model:nn.Module, # Any module
+)->dict: # Parameter -> its `Embedding` or `EmbeddingBag`
+    "Weights that forward passes write into: those of an embedding with `max_norm`"
+    embs = [m for m in model.modules() if isinstance(m, (nn.Embedding,nn.EmbeddingBag))]
+    return {m.weight:m for m in embs if m.max_norm is not None}
+
 @contextmanager
 def swap_params(
     params, # Parameters
     values, # As many tensors of their shapes, of any type, on any device
-    trained=nullcontext, # Context of each exchange: `partial(as_trained, model)` where modules may merge weights in `eval()`
+    trained=nullcontext, # Context of each exchange: `partial(as_trained, model)` where modules may merge weights
+    copied=(), # Parameters that get a copy: `trimmed_weights(model)` where `values` must not be written into
 ):
-    "Inside the block the parameters have these values, their own again after it: pointers are exchanged, and only what has another type or device is copied"
-    params,values,own = list(params),list(values),[]
+    """Inside the block the parameters have these values, their own again after it.
+
+    Pointers are exchanged, and only what has another type or device is copied."""
+    params,own = list(params),[]
+    values = [v.clone() if p in copied else v for p,v in zip(params,values)] if copied else list(values)
     def put():
         with uninterrupted(), trained():
             own.extend(p.data for p in params)
@@ -133,6 +140,69 @@ def swap_params(
             yield
         finally: take_back()
     finally: take_back()                      # for a Ctrl-C on the way to the first
+
+# %% ../nbs/02_params.ipynb #177d316c
+class Structure:
+    "Remember the modules and parameters of `model`, to see later whether any was replaced"
+    def __init__(self,
+        model:nn.Module, # Any module
+    ):
+        dicts = (d for m in model.modules() for d in (m._modules, m._parameters))
+        self.dicts = [d for d in dicts if isinstance(d, dict)]         # TorchScript has none
+        self.sizes = list(map(len, self.dicts))
+        self.links = list(zip(*((d,k,v) for d in self.dicts for k,v in d.items()))) or [(),(),()]
+        self.movers,self.trimmed = movers(model),trimmed_weights(model)
+
+    def same(self)->bool: # False if any module or parameter was added, removed or replaced
+        "Whether the model is made of the objects that it was made of"
+        ds,ks,vs = self.links
+        return list(map(len, self.dicts))==self.sizes and all(map(is_, map(dict.get, ds, ks), vs))
+
+# %% ../nbs/02_params.ipynb #6f25211d
+class ModelParams:
+    """The parameters of one model, by name and in one order, and whether it is still the model that it was.
+
+    Raises TypeError for what is no module, ValueError for a model without floating point parameters or with lazy
+    ones."""
+    def __init__(self,
+        model:nn.Module, # The model, perhaps wrapped
+    ):
+        self.model,named = unwrap(model),named_params(model)
+        self.names,self.tensors = list(named),list(named.values())
+        self.structure = Structure(self.model)
+
+    def as_trained(self):
+        "Context: the weights are arranged as in training"
+        return as_trained(self.model, self.structure.movers)
+
+    def are_of(self,
+        model:nn.Module, # Any module, perhaps wrapped
+    )->bool: # Whether it is the model these are the parameters of
+        "Whether these are the parameters of `model`. Raises ValueError if they were, and some of it was replaced"
+        if unwrap(model) is not self.model: return False
+        if self.structure.same(): return True
+        named = named_params(self.model)
+        if list(named)!=self.names or not all(map(is_, named.values(), self.tensors)):
+            raise ValueError('parameters or layers of the model were replaced since the average was made (a new head? '
+                             'a conversion?): the old and the new do not have a mean. Make a new WeightAverage(model), '
+                             'or begin a new fit, after changing the model.')
+        self.structure = Structure(self.model)
+        return True
+
+    def match(self,
+        model:nn.Module, # A model of the same architecture
+    )->list: # Its parameters
+        "The parameters of another model in the order of `names`. Raises ValueError for another architecture"
+        return self.in_order(named_params(model), 'not the same architecture')
+
+    def in_order(self,
+        named:dict, # Name -> tensor
+        msg:str, # Beginning of the message if the names or shapes are not those of the model
+    )->list: # Tensors
+        "The values of `named` in the order of `names`. Raises ValueError for other names or shapes"
+        diff = set(named)^set(self.names) or {k for k,p in zip(self.names,self.tensors) if named[k].shape!=p.shape}
+        if diff: raise ValueError(f'{msg}: {len(diff)} parameters differ in name or shape, such as {sorted(diff)[0]}')
+        return [named[k] for k in self.names]
 
 # %% ../nbs/02_params.ipynb #f01fe143
 def _shares(b):

@@ -7,8 +7,7 @@ __all__ = []
 
 # %% ../nbs/14_processes.ipynb #f003d84a
 import sys
-from contextlib import nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import distributed as dist
@@ -16,7 +15,7 @@ from fastcore.basics import noop
 
 # %% ../nbs/14_processes.ipynb #1fe6aa8f
 def world_size()->int:
-    "How many processes train together"
+    "How many processes train together; 1 outside of a distributed run"
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 # %% ../nbs/14_processes.ipynb #0b4a4cc9
@@ -28,25 +27,48 @@ def all_gather(
     dev=None, # A device of this process
 )->list: # What each process has brought
     "All processes exchange something. Raises PeerError if another one brings an error"
-    parts = [None]*world_size()
-    with torch.cuda.device(dev) if dev is not None and dev.type=='cuda' else nullcontext():      # NCCL exchanges by way of the current device
-        dist.all_gather_object(parts, (None if error is None else f'{type(error).__name__}: {error}', mine))
-    failed = next(((i,o[0]) for i,o in enumerate(parts) if o[0]), None)
-    if failed and error is None: raise PeerError(f'process {failed[0]} failed with {failed[1]}, so this one had to stop: nothing has been changed')
-    return [o[1] for o in parts]
+    parts,said = [None]*world_size(),None if error is None else f'{type(error).__name__}: {error}'
+    # NCCL exchanges by way of the current device
+    with torch.cuda.device(dev) if dev is not None and dev.type=='cuda' else nullcontext():
+        dist.all_gather_object(parts, (said,mine))
+    failed = next(((i,said) for i,(said,_) in enumerate(parts) if said), None)
+    if failed and error is None:
+        raise PeerError(f'process {failed[0]} failed with {failed[1]}, so this one had to stop: '
+                        'nothing has been changed')
+    return [o for _,o in parts]
 
-def by_all(
-    run, # Function of one argument, another function, which it may call for a meeting on the way
-    shared:bool, # Whether the other processes do the same now
-    bring=noop, # Function of what `run` returns: what to bring to the last meeting, when it is over
-    dev=None, # A device of this process
-)->tuple: # What `run` returns; what each process has brought, None if nothing is shared
-    "`run` in this process, where an error in one of those that share it is an error in all"
-    if not shared: return run(noop),None
-    try: res = run(partial(all_gather, dev=dev))
-    except PeerError: raise
+# %% ../nbs/14_processes.ipynb #6d3b271d
+class Group:
+    "Processes that run a block `together`, or one alone"
+    def __init__(self, shared, dev): self.shared,self.dev = shared,dev
+    def gather(self, obj)->list:
+        "What each process has brought, by rank; `[obj]` for one alone. Raises PeerError where another has failed"
+        return all_gather(obj, dev=self.dev) if self.shared else [obj]
+    def barrier(self):
+        "Wait for all. Raises PeerError where another has failed"
+        self.gather(None)
+
+@contextmanager
+def together(
+    shared:bool, # Whether all other processes run this block now. False: this one works alone and waits for nobody
+    dev=None, # A device of this process (`torch.device`), needed if it is a GPU
+): # Generator of a `Group`
+    """An error in one process is an error in all that run this block, a PeerError in the others. They hear of it when
+    they meet, in `barrier` or `gather`: all have to call the same ones, and the last line of the block is one of
+    them, as nobody would hear of an error after that."""
+    try: yield Group(shared, dev)
+    except PeerError: raise                      # all know
     except Exception as e:
-        print(f'process {dist.get_rank()} of {world_size()} failed with {type(e).__name__}: {e}', file=sys.stderr, flush=True)      # now, should the meeting fail as well
-        all_gather(error=e, dev=dev)
+        if shared:
+            who = f'process {dist.get_rank()} of {world_size()}'
+            # now, should the meeting fail as well
+            print(f'{who} failed with {type(e).__name__}: {e}', file=sys.stderr, flush=True)
+            all_gather(error=e, dev=dev)
         raise
-    return res,all_gather(bring(res), dev=dev)
+
+# %% ../nbs/14_processes.ipynb #a41e07d2
+def by_all(run, shared, bring=noop, dev=None):
+    with together(shared, dev) as group:
+        res = run(group.barrier)
+        parts = group.gather(bring(res))
+    return res,(parts if shared else None)

@@ -56,6 +56,15 @@ def check_cycles(
     if cycle_len<=0:
         raise ValueError(f'cycle_len={cycle_len}: a cycle needs a positive number of epochs; None chooses one')
 
+# %% ../nbs/10_schedule.ipynb #cef3e5c7
+def iters_before(
+    start, # float: share of the fit; int: epochs
+    n_epoch:int, # Epochs in the whole fit
+    n_iter:int, # Iterations in an epoch
+)->int:
+    "Iterations before `start`, rounded down: of a share something is always left"
+    return start*n_iter if is_int(start) else int(start*n_epoch*n_iter+1e-9)
+
 # %% ../nbs/10_schedule.ipynb #9190b09b
 def swa_cycles(
     n_epoch:int, # Epochs in the whole fit
@@ -71,7 +80,7 @@ def swa_cycles(
     check_cycles(start, cycle_len)
     start,cycle_len = plain_number(start),plain_number(cycle_len)
     total = n_epoch*n_iter
-    first = start*n_iter if is_int(start) else int(start*total+1e-9)   # rounded down: something is always left
+    first = iters_before(start, n_epoch, n_iter)
     left = total-first
     if left<=0: return Cycles(total, (), n_iter)
     c = max(1, min(n_iter, left/10) if cycle_len is None else cycle_len*n_iter)

@@ -10,6 +10,8 @@ sys.path[:0] = [str(root/'tests'), str(root/'examples'), str(root)]
 from common import *
 from distributed import broadcast_on_cpu                     # the example
 from fastai.distributed import DistributedDL
+from fastswa import callback
+from fastswa.compare import FairCheck
 from fastswa.all import *
 from fastswa.learner import measure_bn_within_memory, trained_layers
 from torch import distributed as dist
@@ -92,14 +94,15 @@ def average_is_that_of_one_process_with_the_joined_batches():
 @check
 def the_check_at_the_end_is_made_together():
     seen = []
-    class Watched(SWA):
-        def _losses(self, *args):
-            seen.append(super()._losses(*args))
+    class Watched(FairCheck):
+        def losses(self, *args):
+            seen.append(super().losses(*args))
             return seen[-1]
-    swa = Watched()
+    swa,callback.FairCheck = SWA(),Watched
     train,valid = list(zip(X[:1000],Y[:1000])),list(zip(X[1000:1600],Y[1000:1600]))
     data = DataLoaders(FastaiDataLoader(train, bs=20, shuffle=True, drop_last=True), FastaiDataLoader(valid, bs=12))
-    learn,_ = fitted(10, learn=made(data=data), cbs=swa)
+    try: learn,_ = fitted(10, learn=made(data=data), cbs=swa)
+    finally: callback.FairCheck = FairCheck
     assert len(seen)==2 and len(seen[0])==len(seen[1])>0 and equal_everywhere([float(o) for a in seen for o in a])
     assert equal_everywhere(state(learn.model))
 
@@ -146,7 +149,7 @@ def fit_swa_and_one_cycle_and_fine_tune():
         learn,res = fitted(4, method=method, learn=made(splitter=two_groups), cbs=spy if method=='fit_swa' else [spy,swa], **({'start':.7} if method=='fit_swa' else {}))
         swa = res if method=='fit_swa' else swa
         if method=='fit_swa':                                # its schedule is laid out for the iterations that each process has
-            begin,total = swa._cycles.begin,len(spy.ws)
+            begin,total = swa.fit_state.cycles.begin,len(spy.ws)
             want = [sched_authors(.1, .05, begin/total)(i/total) for i in range(begin)]
             np.testing.assert_allclose([o[-1] for o in spy.lrs[:begin]], want)
         assert swa.collected[-1]==len(spy.ws) and swa.n_averaged>=3
@@ -315,7 +318,7 @@ def all_take_smaller_batches_if_one_has_no_memory():
             return x
     class Late(Callback):
         order = -50                                          # the loaders are still those of a distributed fit
-        def after_fit(self): measure_bn_within_memory(self.learn, trained_layers(self.learn)).install()
+        def after_fit(self): measure_bn_within_memory(self.learn, trained_layers(self.learn), inner=True).install()
     for in_fit in False,True:
         learn = split(model=nn.Sequential(Hungry(), *net()))
         with quiet(learn), ctx(learn), warnings.catch_warnings(record=True) as told:

@@ -1,13 +1,14 @@
 """Every way to fit, on the learners people have: the average, what predicts with it, and nothing else changed
 
-A cell of `test_matrix` is a kind of learner, a way to fit, and SWA passed to the fit or attached to the Learner before."""
+A cell of `test_matrix` is a kind of learner, a way to fit, an average, and whether that is passed to the fit or attached to the Learner before."""
 import pickle
 from functools import cache, lru_cache
 
 import pandas as pd, pytest, torch
 from common import *
 from fastswa.all import *
-from fastswa.schedule import swa_cycles
+from fastswa.callback import AverageCallback
+from fastswa.schedule import iters_before, swa_cycles
 
 # ---- the data, made once
 
@@ -183,7 +184,7 @@ def checksum(o):
     if isinstance(o, (tuple,list)): return sum(map(checksum, o))
     return o.as_subclass(torch.Tensor).sum(dtype=torch.float64).item() if isinstance(o, torch.Tensor) else 0.
 def hypers(learn): return tuple((float(h['lr']),float(h['mom'])) for h in learn.opt.hypers)
-def row(rec): return [v for n,v in zip(rec.metric_names[1:], rec.values[-1]) if n!='time' and not n.startswith('swa_')]
+def row(rec): return [v for n,v in zip(rec.metric_names[1:], rec.values[-1]) if n!='time' and not n.startswith(('swa_','ema_'))]
 
 class Witness(Callback):
     "What another callback sees: every event, and the learner in it. With the last word it also sees rows of the table and random streams"
@@ -203,7 +204,7 @@ def steps(seen, event):
 class Watch(Spy):
     "Also how many snapshots each fit ends with, and whether with the weights of its last step"
     def __init__(self): self.ends = []
-    def after_fit(self): self.ends.append((sum(cb.n_averaged for cb in self.learn._grab_cbs(SWA)), same(weights(self.learn.model), self.ws[-1])))
+    def after_fit(self): self.ends.append((sum(cb.n_averaged for cb in self.learn._grab_cbs(AverageCallback)), same(weights(self.learn.model), self.ws[-1])))
 
 class Replay(Callback):
     "Sets the learning rates and momenta of another run, as late as SWA sets them; `first` as early as a schedule does"
@@ -221,11 +222,12 @@ class Replay(Callback):
 
 methods = dict(fit=(3,), fit_one_cycle=(3,), fit_flat_cos=(3,), fit_sgdr=(2,1), fine_tune=(3,), fit_swa=(3,))     # three epochs each (sgdr: 1+2)
 when = dict(start=.5, eval_every=1)
+averages = dict(swa=lambda: SWA(**when), ema=lambda: EMA(.5, **when))
 
-def run(kind, method, path, how, replay=None):
-    "What a fit leaves behind, without SWA where there is something to replay; the same random numbers each time"
+def run(kind, method, path, how, replay=None, average='swa'):
+    "What a fit leaves behind, without an average where there is something to replay; the same random numbers each time"
     seed()
-    swa = SWA(**when) if how=='attached' or method!='fit_swa' and replay is None else None
+    swa = averages[average]() if how=='attached' or method!='fit_swa' and replay is None else None
     learn,item = makers[kind](path, cbs=swa if how=='attached' else None)
     learn.model.train()                  # tabular models share a ReLU, whose mode is that of the last one used
     seen,watch = [],Watch()
@@ -265,27 +267,41 @@ def reloaded(learn, file):
     return load_learner(file)
 
 kinds = [o for o in makers if o!='resnet18']
-cells = [*((k,m,h) for k in kinds for m in methods for h in ('passed','attached')), ('resnet18','fit','passed')]     # one real network
+cells = [*((k,m,h,'swa') for k in kinds for m in methods for h in ('passed','attached')), ('resnet18','fit','passed','swa'),     # one real network
+         *((k,m,'passed','ema') for k in kinds for m in methods if m!='fit_swa'), *((k,'fine_tune','attached','ema') for k in kinds)]
+
+def mean_of(average, watch, n_iter):
+    "By hand, in float64: the average of the last fit, the iterations in it, and how many of these `collected` tells of"
+    if average=='swa':
+        its = list(swa_cycles(3, n_iter, when['start']).ends)
+        return watch.mean(its),its,its
+    begin,total = iters_before(when['start'], 3, n_iter),3*n_iter
+    its,decay = range(begin+1, total+1),.5**(1/(.5*(total-begin)))
+    mean = [w.double() for w in watch.ws[begin]]
+    for k,i in enumerate(its[1:], 2): mean = [m+max(1-decay, 1/k)*(w.double()-m) for m,w in zip(mean, watch.ws[i-1])]
+    return mean,its,[its[0],its[-1]]
 
 @pytest.mark.filterwarnings('ignore:load_learner')
-@pytest.mark.parametrize('kind,method,how', cells, ids=map('-'.join, cells))
-def test_matrix(kind, method, how, tmp_path):
+@pytest.mark.parametrize('kind,method,how,average', cells, ids=map('-'.join, cells))
+def test_matrix(kind, method, how, average, tmp_path):
     if (method,how)==('fit_swa','attached'): return refused(kind, tmp_path)
-    learn,item,swa,watch,seen = run(kind, method, tmp_path, how)
+    learn,item,swa,watch,seen = run(kind, method, tmp_path, how, average=average)
     last,names = learn.recorder.values[-1],list(learn.recorder.metric_names[1:])
     with quiet(learn): again = learn.validate()
     # the average is the mean of what was collected, in the last fit alone, where the rates are held
     cyc = swa_cycles(3, len(learn.dls.train), when['start'])
-    assert swa.collected==list(cyc.ends) and len(cyc.ends)>=3 and swa.collected[0]<=2*cyc.n_iter      # an evaluation comes in between
-    for p,m in zip(learn.model.parameters(), watch.mean(swa.collected), strict=True): torch.testing.assert_close(p.detach().double(), m, atol=1e-6, rtol=1e-6)
-    assert watch.ends==[(0,True)]*(method=='fine_tune')+[(len(cyc.ends),False)]
+    mean,its,told = mean_of(average, watch, cyc.n_iter)
+    assert swa.collected==told and len(its)>=3 and swa.collected[0]<=2*cyc.n_iter      # an evaluation comes in between
+    for p,m in zip(learn.model.parameters(), mean, strict=True): torch.testing.assert_close(p.detach().double(), m, atol=1e-6, rtol=1e-6)
+    assert watch.ends==[(0,True)]*(method=='fine_tune')+[(len(its),False)]
     hs = steps(seen, 'after_pred')
     before = len(hs)-len(watch.ws)                                                                     # iterations of the frozen fit
     hs,held = np.array(hs[before:]),np.array(hs[before+cyc.begin:])
-    assert (held==held[0]).all()
-    np.testing.assert_allclose(held[0,:,0], hs[:cyc.begin,:,0].max(0)/2)
+    if average=='swa':
+        assert (held==held[0]).all()
+        np.testing.assert_allclose(held[0,:,0], hs[:cyc.begin,:,0].max(0)/2)
     # validate repeats the last columns
-    cols = [i for i,n in enumerate(names) if n.startswith('swa_')]
+    cols = [i for i,n in enumerate(names) if n.startswith(average+'_')]
     assert len(cols)==1+len(learn.metrics)
     np.testing.assert_allclose(again, [last[i] for i in cols], rtol=1e-5)
     # without SWA, at the same rates, others see the same

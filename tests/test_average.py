@@ -5,8 +5,9 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from fastswa import average, params, utils
-from fastswa.average import WeightAverage, all_finite, unwrap
+from fastswa import average, params, tensors, utils
+from fastswa.average import WeightAverage, all_finite
+from fastswa.params import unwrap
 
 torch.manual_seed(0)
 def walk(m, sd=.1):
@@ -203,6 +204,29 @@ def test_other_models():
     avg.copy_to(same)
     assert torch.equal(same[0].weight, avg.average[0])
 
+@pytest.mark.parametrize('own', ['float32','bfloat16','float64','last'])
+@pytest.mark.parametrize('theirs', ['float32','float16','float64','last'])
+def test_another_model_of_another_type_or_memory_format(own, theirs):
+    def make(how):
+        m = nn.Sequential(nn.Conv2d(3,8,3), nn.Linear(9,7), nn.Conv2d(8,80,3), nn.Linear(99,99))     # small and large ones
+        return m.to(memory_format=torch.channels_last) if how=='last' else m.to(getattr(torch, how))
+    m,other,mask = make(own),make(theirs),torch.full((3,3), -math.inf).triu(1)
+    for o in (m,other): o.mask = nn.Parameter(mask.to(o[0].weight.dtype), requires_grad=False)
+    avg = WeightAverage(m); avg.update(m); avg.update(other); avg.update(other)
+    want = exact([snap(m),snap(other),snap(other)])
+    for a,e in zip(avg.average,want): torch.testing.assert_close(a.nan_to_num(neginf=0).double(), e.nan_to_num(neginf=0), atol=1e-6, rtol=1e-6)
+    assert torch.equal(avg.average[0].float(), mask)
+    first = WeightAverage(m); first.update(other)
+    assert all(torch.equal(a, p.to(a.dtype)) for a,p in zip(first.average,other.parameters()))
+
+def test_half_precision_weights_that_are_slices_or_empty():
+    m = nn.ParameterList([nn.Parameter(torch.randn(10,10).bfloat16()[:,::2]), nn.Parameter(torch.zeros(0,3).half()), nn.Parameter(torch.randn(3).half())])
+    avg,snaps = WeightAverage(m),[]
+    for _ in range(4): walk(m); avg.update(m); snaps.append(snap(m))
+    for a,e in zip(avg.average, exact(snaps)): torch.testing.assert_close(a.double(), e, atol=1e-6, rtol=1e-6)
+    avg.apply(m); assert avg.is_applied()
+    avg.restore(m); assert all(map(torch.equal, snap(m), snaps[-1]))
+
 def test_wrapped_models():
     m = cnn()
     avg = WeightAverage(nn.DataParallel(m)); avg.update(torch.compile(m))
@@ -273,12 +297,12 @@ def test_interrupted_in_the_middle_of_an_exchange(what, monkeypatch):
     avg = WeightAverage(m); avg.update(m); walk(m)
     own,mean = [p.detach().clone() for p in m.parameters()],[a.clone() for a in avg.average]
     if what=='restore': avg.apply(m)
-    calls,dense,at = [],average._is_dense,2 if what!='swapped' else len(own)+2     # in swapped: on the way back
+    calls,dense,at = [],tensors._is_dense,2 if what!='swapped' else len(own)+2     # in swapped: on the way back
     def ctrl_c(t):
         calls.append(1)
         if len(calls)==at: signal.raise_signal(signal.SIGINT)
         return dense(t)
-    monkeypatch.setattr(average, '_is_dense', ctrl_c)
+    monkeypatch.setattr(tensors, '_is_dense', ctrl_c)
     if what=='swapped':
         data = torch.Tensor.data
         def set_data(self, v): ctrl_c(v); data.__set__(self, v)
@@ -289,12 +313,12 @@ def test_interrupted_in_the_middle_of_an_exchange(what, monkeypatch):
         else: getattr(avg, what)(m)
     monkeypatch.undo()
     want = mean if what=='apply' else own
-    assert all(torch.equal(p,w) for p,w in zip(m.parameters(),want)) and avg.inside==(what=='apply') and len(calls)>2
+    assert all(torch.equal(p,w) for p,w in zip(m.parameters(),want)) and avg.applied==(what=='apply') and len(calls)>2
     assert all(torch.equal(a,w) for a,w in zip(avg.average,mean))
 
 def test_other_threads_need_no_signals():
     m = cnn(); avg = WeightAverage(m); avg.update(m); walk(m); res = []
-    t = threading.Thread(target=lambda: (avg.apply(m), res.append(avg.inside))); t.start(); t.join()
+    t = threading.Thread(target=lambda: (avg.apply(m), res.append(avg.applied))); t.start(); t.join()
     assert res==[True]
 
 # --- modules that rearrange their weights in eval() ---
@@ -367,11 +391,11 @@ def test_merged_weights_are_averaged_and_exchanged_unmerged(layer, root):
         m.train(); assert near(m.parameters(), own) and near(avg.average, mean)
         m.train(training)
         avg.apply(m)
-        assert modes(m)==was and avg.is_inside()
+        assert modes(m)==was and avg.is_applied()
         with torch.no_grad(): assert torch.allclose(m.eval()(x), want, atol=1e-5)
         for _ in range(5):
-            m.eval(); assert avg.is_inside() and near(avg.average, mean) and near(avg.state_dict()['average'].values(), mean)
-            m.train(); assert avg.is_inside() and near(m.parameters(), mean)
+            m.eval(); assert avg.is_applied() and near(avg.average, mean) and near(avg.state_dict()['average'].values(), mean)
+            m.train(); assert avg.is_applied() and near(m.parameters(), mean)
         other.eval(); avg.copy_to(other); assert near(other.train().parameters(), mean)
         m.train(training); avg.restore(m)
         assert modes(m)==was and near(m.train().parameters(), own) and near(avg.average, mean)
@@ -380,7 +404,7 @@ def test_merged_weights_are_averaged_and_exchanged_unmerged(layer, root):
     avg.update(other.eval())
     assert near(avg.average, mean) and avg.n==n+1
     avg.apply(m.eval()); m.train(); walk(m); m.eval()           # training of such a model is noticed as that of any
-    assert not avg.is_inside()
+    assert not avg.is_applied()
     with pytest.raises(RuntimeError, match='force=True'): avg.restore(m)
 
 def test_modes_of_a_model_that_keeps_its_statistics():
@@ -393,7 +417,7 @@ def test_modes_of_a_model_that_keeps_its_statistics():
         if mode is not None: m.train(mode)
         was = modes(m)
         with avg.swapped(m): assert modes(m)==was and all(map(torch.equal, snap(m), mean))
-        avg.apply(m);   assert modes(m)==was and all(map(torch.equal, snap(m), mean)) and avg.is_inside()
+        avg.apply(m);   assert modes(m)==was and all(map(torch.equal, snap(m), mean)) and avg.is_applied()
         avg.restore(m); assert modes(m)==was and all(map(torch.equal, snap(m), own))
 
 def test_a_merging_layer_that_comes_later_is_found():
@@ -426,11 +450,11 @@ def test_restore_does_not_destroy_training():
     m[0].weight.data.add_(1e-3)
     trained = [p.detach().clone() for p in m.parameters()]
     with pytest.raises(RuntimeError, match=r'Save the model.*new WeightAverage\(model\).*restore\(model, force=True\)'): avg.restore(m)
-    assert all(map(torch.equal, m.parameters(), trained)) and avg.n==2 and avg.inside and not avg.is_inside()
+    assert all(map(torch.equal, m.parameters(), trained)) and avg.n==2 and avg.applied and not avg.is_applied()
     with pytest.raises(RuntimeError, match='the mean is gone'):
         with avg.swapped(m): pass
     with pytest.warns(UserWarning, match='the mean is gone') as w: avg.restore(m, force=True)
-    assert all(map(torch.equal, m.parameters(), own)) and avg.n==0 and not avg.inside and w[0].filename==__file__
+    assert all(map(torch.equal, m.parameters(), own)) and avg.n==0 and not avg.applied and w[0].filename==__file__
     avg.update(m); assert all(map(torch.equal, avg.average, own))
 
 def to_half_and_back(m):
@@ -449,7 +473,7 @@ def test_a_conversion_is_no_training(how, make):
     rounded = {'double':mean, 'there_and_back':mean, 'channels_last':mean}.get(how, [a.bfloat16().float() if 'bf' in how else a.half().float() for a in mean])
     tol = dict(atol=0, rtol=0) if make is half or how in ('double','there_and_back','channels_last') else dict(atol=1e-2, rtol=1e-2)
     def is_mean(): return all(torch.allclose(a.double(), e.double(), **tol) and a.dtype.itemsize>=4 for a,e in zip(avg.average,mean))
-    assert avg.is_inside() and is_mean() and avg.state_dict()['n']==2
+    assert avg.is_applied() and is_mean() and avg.state_dict()['n']==2
     avg.apply(m)
     assert all(map(torch.equal, m.parameters(), got))
     with avg.swapped(m): pass
@@ -458,7 +482,7 @@ def test_a_conversion_is_no_training(how, make):
     mean = [a.double().clone() for a in avg.average]                 # and goes on from there
     walk(m); last = snap(m); avg.update(m)
     assert all(torch.allclose(a.double(), (2*e+w)/3, atol=1e-6) for a,e,w in zip(avg.average,mean,last))
-    avg.apply(m); assert avg.is_inside()
+    avg.apply(m); assert avg.is_applied()
     avg.restore(m); assert all(map(torch.equal, snap(m), last))
 
 @pytest.mark.parametrize('how', ['double','half','half_to_float'])
@@ -466,7 +490,7 @@ def test_training_after_a_conversion_is_training(how):
     m,avg,mean,own = applied()
     conversions[how](m)
     m[4].bias.data[0] += 1e-2
-    assert not avg.is_inside()
+    assert not avg.is_applied()
     with pytest.raises(RuntimeError, match='the mean is gone'): avg.average
     with pytest.raises(RuntimeError, match='force=True'): avg.restore(m)
     with pytest.warns(UserWarning): avg.restore(m, force=True)
@@ -479,7 +503,7 @@ def test_the_smallest_step_is_training(how):
     m,avg,mean,own = applied()
     conversions[how](m)
     m[4].bias.data[0] *= 1+4*torch.finfo(m[4].bias.dtype).eps
-    assert not avg.is_inside()
+    assert not avg.is_applied()
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
 def test_an_embedding_with_max_norm_trims_its_rows(dtype):
@@ -494,12 +518,12 @@ def test_an_embedding_with_max_norm_trims_its_rows(dtype):
     avg.apply(m)
     for i in range(4):
         with torch.no_grad(): m(torch.arange(i, 50, 2))
-        assert avg.is_inside()
+        assert avg.is_applied()
     avg.restore(m)
     assert all(map(torch.equal, m.parameters(), own)) and avg.n==3 and torch.equal(avg.average[1], mean[1])
     avg.apply(m)
     m[0].weight.data[3,:3] += .5                                    # another length might be trimmed away
-    assert not avg.is_inside()
+    assert not avg.is_applied()
 
 # --- lazy modules ---
 
@@ -516,12 +540,12 @@ def test_lazy_modules():
     avg = WeightAverage(m); avg.update(m)
     with torch.no_grad(), avg.swapped(m.eval()): m(x)                # becomes what it will be, in the middle
     m.train(); walk(m); own = snap(m)
-    avg.update(m); avg.update(ready); avg.apply(m); assert avg.is_inside()
+    avg.update(m); avg.update(ready); avg.apply(m); assert avg.is_applied()
     avg.restore(m); assert all(map(torch.equal, snap(m), own)) and avg.n==3
 
 # --- Ctrl-C ---
 
-_ours = average.__file__,params.__file__,utils.__file__
+_ours = average.__file__,params.__file__,tensors.__file__,utils.__file__
 def lines_run(f, at=None):
     "Lines of ours that run in `f`, in their order; with a Ctrl-C at number `at`"
     res = []
@@ -587,10 +611,10 @@ def test_ctrl_c_at_any_line(what, make):
         assert set(modes(m)+modes(other))=={not merges}, lines[i]
         m.train(); other.train()
         if what=='force':
-            if avg.inside: go(avg)
-            assert avg.n==0 and not avg.inside and holds(m, own), lines[i]
+            if avg.applied: go(avg)
+            assert avg.n==0 and not avg.applied and holds(m, own), lines[i]
             continue
-        assert holds(m, mean if avg.inside else own) and (not avg.inside or what=='apply' or is_inside), lines[i]
+        assert holds(m, mean if avg.applied else own) and (not avg.applied or what=='apply' or is_inside), lines[i]
         assert holds(other, theirs) or (what=='copy_to' and holds(other, mean)), lines[i]
         assert near(avg.average, means[avg.n]), lines[i]
         avg.apply(m);   assert holds(m, means[avg.n]), lines[i]
@@ -638,7 +662,7 @@ def test_a_frozen_mask_keeps_its_infinities(dtype):
         with pytest.raises(ValueError, match='mask is not finite'): new.load_state_dict(dict(saved, average={**saved['average'], 'mask':bad}))
     avg.update(other); assert held(avg.average)
     with avg.swapped(m): assert held(m.parameters())
-    avg.apply(m); assert held(m.parameters()) and avg.is_inside()
+    avg.apply(m); assert held(m.parameters()) and avg.is_applied()
     avg.restore(m); assert held(m.parameters())
     m.mask.requires_grad_(True)                                         # unfrozen: what moves is averaged, what does not stays
     with torch.no_grad(): m.mask[1,0] += 8
@@ -660,7 +684,7 @@ def test_many_tiny_tensors_are_looked_at_together():
 def test_repr():
     avg = WeightAverage(nn.Sequential(nn.Linear(3,4), nn.Linear(4,2)))
     assert repr(avg)=='WeightAverage(n=0, 4 tensors, 26 weights)'
-    avg.update(avg._model); avg.apply(avg._model)
+    avg.update(avg.model); avg.apply(avg.model)
     assert repr(avg)=='WeightAverage(n=1, 4 tensors, 26 weights, in the model)'
     assert repr(WeightAverage(nn.Linear(1000,1300)))=='WeightAverage(n=0, 2 tensors, 1.3M weights)'
     assert repr(WeightAverage(nn.Linear(99,99)))=='WeightAverage(n=0, 2 tensors, 9,900 weights)'

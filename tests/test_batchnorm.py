@@ -281,6 +281,19 @@ def test_stops_after_the_last_layer_but_never_too_early():
     l = Late(); update_bn(l, list(z.split(10)))
     assert_is(l.a, z); assert_is(l.b, z[10:])
 
+@pytest.mark.parametrize('event,to_end', [('before_batch',False), ('after_pred',True), ('after_loss',True), ('after_batch',True), (None,True)])
+def test_a_pass_goes_to_its_end_where_a_callback_may_count_on_that(event, to_end):
+    ran = []
+    class Tail(nn.Module):
+        def forward(self, x): ran.append(1); return x
+    class Any(Callback):
+        def before_batch(self): pass
+        def __call__(self, event): return super().__call__(event)
+    def nothing(self): pass
+    l = learner(nn.Sequential(*net(), Tail()), cbs=Any() if event is None else Callback(before_batch=nothing, **({} if event=='before_batch' else {event:nothing})))
+    l.update_bn()
+    assert len(ran)==(5 if to_end else 1)                          # of five batches
+
 def test_no_batchnorm_costs_nothing():
     class Never:
         def __iter__(self): raise AssertionError('the loader must not be touched')
@@ -686,7 +699,8 @@ def test_ctrl_c_at_any_line(run):
     before,else_ = state(l.model),all_else()
     lines = interrupted(lambda: run(l))
     after = state(l.model)
-    puts_back = {'update_bn','isolated_pass','attached','swapped','install','preserve_rng','preserve_buffers','trained_layers','set_attrs'}
+    puts_back = {'update_bn','isolated_pass','attached','swapped','install','preserve_rng','preserve_buffers','trained_layers','set_attrs',
+                 'preserve_attrs','preserve_modes','measure_bn','_measure','_hooked','_only_cbs','_set_up','_preserve_held','_preserve_global'}
     ats = [(o,n) for o,n in lines.items() if o[0] in puts_back]        # all lines, each time, hold too, and take a minute
     for at in ats+random.Random(1).sample(sorted({*lines.items()}-{*ats}), 5):
         l.model.load_state_dict(before)

@@ -6,7 +6,9 @@ import pytest, torch
 from common import *
 from fastswa import callback
 from fastswa.batchnorm import update_bn
-from fastswa.callback import SWA, _SWAInstall, _Refresh
+from fastswa import average
+from fastswa.callback import SWA
+from fastswa.cycle import FitState, Helper
 from fastswa.schedule import swa_cycles, swa_lrs
 
 class Hand(Callback):
@@ -25,7 +27,7 @@ class Streams(Callback):
         cols = [i for i,n in enumerate(rec.metric_names[1:]) if n!='time' and not n.startswith('swa_')]
         self.rng.append(rng_fingerprint(self.learn)); self.vals.append([rec.values[-1][i] for i in cols]); self.losses = list(map(float, rec.losses))
 
-def helpers(learn): return [cb for cb in learn.cbs if isinstance(cb, (_Refresh,_SWAInstall))]
+def helpers(learn): return [cb for cb in learn.cbs if isinstance(cb, Helper)]
 def mean_of(spy, swa): return spy.mean(swa.collected)
 def assert_is_mean(model, spy, swa, tol=1e-6):
     for p,m in zip(model.parameters(), mean_of(spy, swa)): torch.testing.assert_close(p.detach().double(), m, atol=tol, rtol=tol)
@@ -63,7 +65,7 @@ def test_rates_and_collection_points(kw, method):
     np.testing.assert_allclose([o[0] for o in spy.lrs], lrs, rtol=1e-6)
     assert swa.collected==list(cyc.ends) and swa.collected[-1]==25 and swa.n_averaged==len(cyc.ends)
     assert_is_mean(l.model, spy, swa)
-    np.testing.assert_allclose(list(swa._lrs), lrs, rtol=1e-6)
+    np.testing.assert_allclose(list(swa.fit_state.lrs), lrs, rtol=1e-6)
 
 def test_momentum_is_held_with_the_rate():
     l,moms = learner(),[]
@@ -171,11 +173,11 @@ def test_cancelled_in_the_first_epoch_is_refreshed_all_the_same():
         def after_batch(self):
             if self.learn.train_iter==4: raise CancelFitException
     l,swa = learner(),SWA(); fit(l, 1, cbs=[swa,Stop()])
-    assert swa.n_averaged and len(swa._bn.layers)==2
+    assert swa.n_averaged and len(swa._average.stats.layers)==2
     ref = net(); ref.load_state_dict(l.model.state_dict()); update_bn(ref.train(), [X[:200]])
     torch.testing.assert_close(l.model[1].running_mean, ref[1].running_mean, atol=1e-6, rtol=1e-6)
     other = learner(); fit(other, 1, cbs=[swa,Stop()])         # another model, the same callback
-    assert swa._bn.layers==[other.model[1],other.model[4]]
+    assert swa._average.stats.layers==[other.model[1],other.model[4]]
 
 def test_frozen_layers_stay_after_a_resume(tmp_path):
     def make():
@@ -323,7 +325,7 @@ def test_best_average_of_half_precision_weights(tmp_path):
     best = weights(l.model)
     assert swa.n_averaged==2 and len(swa.collected)==2
     for p,m in zip(best, spy.mean([10,15])): torch.testing.assert_close(p.double(), m, atol=1e-2, rtol=1e-2)
-    assert all(torch.equal(a.bfloat16(),b) for a,b in zip(swa._avg.average,best)) and same(weights(swa.copy_to(net().bfloat16())), best)
+    assert all(torch.equal(a.bfloat16(),b) for a,b in zip(swa._average.weights.average,best)) and same(weights(swa.copy_to(net().bfloat16())), best)
     swa.restore(l); swa.apply(l); assert same(weights(l.model), best)
 
 def test_tracker_left_off_by_an_interrupt_works_in_the_next_fit(tmp_path):
@@ -529,9 +531,9 @@ events = ['before_epoch','before_train','before_batch','after_pred','after_loss'
 @pytest.fixture
 def snapshots(monkeypatch):
     "Copies of all weights that went into an average"
-    taken,update = [],callback.WeightAverage.update
+    taken,update = [],average.WeightAverage.update
     def keep(self, model): taken.append(weights(model)); return update(self, model)
-    monkeypatch.setattr(callback.WeightAverage, 'update', keep)
+    monkeypatch.setattr(average.WeightAverage, 'update', keep)
     return taken
 
 @pytest.mark.parametrize('exc', [KeyboardInterrupt, RuntimeError, CancelFitException, CancelEpochException, CancelTrainException, CancelValidException])
@@ -545,7 +547,7 @@ def test_interrupted_at_every_event(ev, exc, snapshots):
     assert len(snapshots)==swa.n_averaged==len(swa.collected)>=5 and not any(same(a,b) for a,b in zip(snapshots,snapshots[1:]))   # nothing went in twice
     def is_mean():
         for p,m in zip(l.model.parameters(),mean): torch.testing.assert_close(p.detach().double(), m, atol=1e-6, rtol=1e-6)
-    if swa._avg.inside: is_mean()
+    if swa._average.applied: is_mean()
     else: assert same(weights(l.model), spy.ws[-1])
     with quiet(l): swa.apply(l)
     is_mean()
@@ -561,7 +563,7 @@ def test_interrupted_inside_our_own_passes(exc, which):
             if mine and self.learn.iter==1: raise exc('boom')
     l,swa,spy = learner(n_valid=150),SWA(start=1, cycle_len=1, eval_every=1),Spy()
     try: fit(l, 4, cbs=[swa, spy, Inner()])
-    except (KeyboardInterrupt, RuntimeError) as e: assert 'boom' in str(e) and same(weights(l.model), spy.ws[-1]) and not swa._avg.inside
+    except (KeyboardInterrupt, RuntimeError) as e: assert 'boom' in str(e) and same(weights(l.model), spy.ws[-1]) and not swa._average.applied
     else: assert issubclass(exc, (CancelFitException,CancelEpochException,CancelTrainException,CancelValidException,CancelBatchException)) and swa.n_averaged==3
     assert not helpers(l) and all(m.training==l.model.training for m in l.model.modules()) and all(m.momentum==.1 for m in l.model.modules() if hasattr(m,'momentum'))
 
@@ -633,7 +635,7 @@ def test_resumed_between_two_collections_is_refreshed_all_the_same(how, tmp_path
     swa = SWA(**kw).load(tmp_path/'s.pt') if how=='loaded' else part
     swa.eval_every = 1
     fit(l, 8, start_epoch=6, cbs=[swa,Stop()])
-    assert swa.n_averaged==1 and swa._bn.layers==[l.model[1],l.model[4]] and math.isfinite(l.recorder.values[6][-2])
+    assert swa.n_averaged==1 and swa._average.stats.layers==[l.model[1],l.model[4]] and math.isfinite(l.recorder.values[6][-2])
     ref = net(); ref.load_state_dict(l.model.state_dict()); update_bn(ref.train(), [X[:200]])
     torch.testing.assert_close(l.model[1].running_mean, ref[1].running_mean, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(l.model[1].running_var,  ref[1].running_var,  atol=1e-6, rtol=1e-5)
@@ -646,7 +648,7 @@ def test_interrupted_before_statistics_and_loaded_elsewhere(tmp_path):
         order,run_valid = 200,False
         def after_batch(self): raise CancelFitException
     swa = SWA(start=0, cycle_len=1); swa.load_state_dict(state); fit(l, 2, cbs=[swa,Stop()])
-    assert swa._bn.layers==[l.model[1],l.model[4]]
+    assert swa._average.stats.layers==[l.model[1],l.model[4]]
 
 def test_a_file_of_another_moment_is_noticed(tmp_path):
     l,swa = learner(),SWA(start=1, cycle_len=1, save_to=tmp_path/'s.pt'); fit(l, 4, cbs=swa)
@@ -793,11 +795,11 @@ def test_averaging_adds_no_passes_without_evaluation():
 def test_averaging_every_step_of_a_long_epoch_stays_cheap():
     "No list is copied or searched for each collection"
     swa = SWA(start=0, cycle_len=1e-9)
-    swa._cycles,swa.collected = swa_cycles(1, 200_000, 0, 1e-9),[]
-    assert len(swa._cycles.ends)==200_000
+    swa.fit_state,swa.collected = FitState(cycles=swa_cycles(1, 200_000, 0, 1e-9)),[]
+    assert len(swa.fit_state.cycles.ends)==200_000
     ids = id(swa.collected)
     class Model(nn.Linear): pass
     m = Model(2,2); swa._learn = type('L', (), dict(model=m))()
-    for i in range(1,2001): swa._done,swa._moved = i,True; swa._collect()
-    assert id(swa.collected)==ids and swa.n_averaged==2000 and swa._due==2001
+    for i in range(1,2001): swa.fit_state.done,swa.fit_state.stepped = i,True; swa.collect()
+    assert id(swa.collected)==ids and swa.n_averaged==2000 and swa.fit_state.next_collect==2001
     swa._learn = None

@@ -1,17 +1,15 @@
-"The experiments behind nbs/70_tutorial.claims.ipynb and nbs/75_tutorial.when.ipynb: their scripts run, and what is stored is what they write"
-import json, re
-from functools import partial
+"The benchmarks behind README, nbs/70_tutorial.claims.ipynb and nbs/75_tutorial.when.ipynb: they run, and what is stored is what they write"
+import json, os, re, subprocess, sys
+from pathlib import Path
 
 import pytest, torch
 import torch.nn.functional as F
-import benchmark_claims as b
-import benchmark_cost as cost
-import benchmark_when as when
+from benchmarks import claims as b, cost, steps, when
 from fastswa.demo import demo_learner
 from fastswa.callback import SWA
 from common import *
 
-stored = json.loads((b.here/'benchmark_claims.json').read_text())
+stored = json.loads((b.here/'claims.json').read_text())
 
 def test_stored_results_are_whole():
     assert list(stored)==list(b.tasks) and all(len(stored[k])==t['seeds']>=10 for k,t in b.tasks.items())
@@ -62,7 +60,7 @@ def test_with_weights_leaves_nothing():
     with b.with_weights(learn, [torch.zeros_like(p) for p in learn.model.parameters()]): assert not next(learn.model.parameters()).any()
     assert same(before, state(learn.model))
 
-# benchmark_when.py
+# when.py
 
 results = when.stored()
 
@@ -74,7 +72,7 @@ def test_stored_fits_are_whole():
             for arm in [*o][1:]: assert list(o[arm])==['n','mean','running','last','window','chosen'] and 1<=o[arm]['window']<=o[arm]['n']
     every = [str(o) for seeds in [*results['fits'].values(), results['demo']] for o in seeds.values()]
     assert len(set(every))==len(every)                                                                      # no seed is a copy of another
-    assert when.dump(results)==(when.here/'benchmark_when.json').read_text()
+    assert when.dump(results)==(when.here/'when.json').read_text()
 
 @pytest.fixture
 def short(monkeypatch):
@@ -131,7 +129,7 @@ def test_readme_has_the_stored_numbers():
     for o in when.fit_table(results, False, chosen=False), when.fit_table(results, True, chosen=False), when.example(results):
         assert re.sub(r'[ \t]+$', '', o, flags=re.M) in text, 'run tools/run_nbs.py nbs/index.ipynb, then tools/readme.py'
 
-# benchmark_cost.py
+# cost.py
 
 def test_cost_tables_are_whole():
     res = cost.stored()
@@ -149,3 +147,28 @@ def test_time_of_a_fit_is_split():
     def tiny(): return (*(cost.TensorDataset(X[:64],Y[:64]) for _ in range(2)), net())
     assert 0<cost.one_fit(tiny)<10
     for ds,n in ((cost.Pictures(3),3), (cost.Pictures(2, train=False),2)): assert len(ds)==n and ds[1][0].shape==(3,32,32)
+
+# steps.py
+
+def test_steps_happen_in_a_fit(capsys):
+    "Each round has a time of every contender, and the snapshots that were timed are in an average"
+    res = steps.costs(net(), X[:8], Y[:8], rounds=2)
+    assert {'step','collection','idle_iteration'}<res.keys() and all(len(o)==2 and min(o)>0 for o in res.values())
+    steps.steps('tiny', net(), X[:8], Y[:8], rounds=1)
+    assert 'averaging every   1 iterations takes' in capsys.readouterr().out
+
+# All of them
+
+def test_a_script_finds_this_checkout(tmp_path):
+    "In another folder, with nothing installed: this package, and the tests' learners"
+    path = b.here/'cost.py'
+    code = f'import runpy, sys; sys.path[0] = {str(b.here)!r}; runpy.run_path({str(path)!r}); import fastswa; print(fastswa.__file__)'
+    env = {k:v for k,v in os.environ.items() if k!='PYTHONPATH'}
+    r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, text=True, capture_output=True)
+    assert r.returncode==0 and Path(r.stdout.strip())==b.here.parent/'fastswa/__init__.py', r.stderr
+
+def test_each_has_its_row():
+    "In benchmarks/README.md, which names the file where there is one; and there is no file without a script"
+    names = {o.stem for o in b.here.glob('[!_]*.py')}
+    rows = dict(re.findall(r'^\| `python benchmarks/(\w+)\.py` (.*)', (b.here/'README.md').read_text(), re.M))
+    assert rows.keys()==names and {k for k,v in rows.items() if f'({k}.json)' in v}=={o.stem for o in b.here.glob('*.json')}

@@ -3,7 +3,9 @@ import warnings
 
 import pytest, torch
 from common import *
+from fastswa import callback
 from fastswa.callback import SWA
+from fastswa.compare import FairCheck
 
 def worse(f):
     "The warnings that the average is worse"
@@ -43,7 +45,7 @@ def test_compare_is_three_validations(extra, inside):
         def found(): return rng_fingerprint(l),set(vars(l)),list(l.cbs)
         before,others = state(l.model),found()
         df = swa.compare(l)
-        assert same(state(l.model), before) and found()==others and swa._avg.inside==inside
+        assert same(state(l.model), before) and found()==others and swa._average.applied==inside
     assert list(df.columns)==['loss','accuracy'] and list(df.index)==['last weights','last weights, statistics measured','average']
     np.testing.assert_allclose(df.values, want, rtol=1e-6)
     assert len({*df.loss})==3
@@ -87,7 +89,7 @@ def test_compare_interrupted(k):
     before = state(l.model)
     with pytest.raises(KeyboardInterrupt):
         with quiet(l), l.added_cbs(Boom()): swa.compare(l)
-    assert same(state(l.model), before) and swa._avg.is_inside()
+    assert same(state(l.model), before) and swa._average.weights.is_applied()
     swa.restore(l)
 
 # ---- the check
@@ -175,7 +177,7 @@ class Stream(torch.utils.data.IterableDataset):
     lambda n: torch.utils.data.DataLoader(items[:n], batch_sampler=torch.utils.data.BatchSampler(range(n), 64, False))])
 def test_loaders_that_cannot_be_made_smaller_are_left_alone(make):
     l,swa = odd_learner(make(400), make(100)),SWA()
-    assert not told(lambda: fit(l, 10, cbs=swa), 'check') and swa._avg.is_inside()
+    assert not told(lambda: fit(l, 10, cbs=swa), 'check') and swa._average.weights.is_applied()
 
 def told(f, match):
     with warnings.catch_warnings(record=True) as ws:
@@ -189,9 +191,9 @@ def test_an_error_in_the_check_is_no_reason_to_lose_the_average():
         def before_validate(self): raise CancelValidException()
     valid = [(x, torch.rand(3)) for x,_ in items[:100]]
     l,swa = odd_learner(FastaiDataLoader(items, bs=40), FastaiDataLoader(valid, bs=20), cbs=No(), metrics=[]),SWA()
-    assert len(told(lambda: fit(l, 10, cbs=swa), 'could not be checked'))==1 and swa._avg.is_inside()
+    assert len(told(lambda: fit(l, 10, cbs=swa), 'could not be checked'))==1 and swa._average.weights.is_applied()
 
-def test_the_check_starts_no_workers_and_has_four_batches():
+def test_the_check_starts_no_workers_and_has_four_batches(monkeypatch):
     class Data:
         def __init__(self): self.over = False
         def __len__(self): return 300
@@ -202,13 +204,14 @@ def test_the_check_starts_no_workers_and_has_four_batches():
         order = -100
         def after_fit(self): train.over = valid.over = True
     seen = []
-    class Watched(SWA):
-        def _losses(self, *args):
-            seen.append(super()._losses(*args))
+    class Watched(FairCheck):
+        def losses(self, *args):
+            seen.append(super().losses(*args))
             return seen[-1]
+    monkeypatch.setattr(callback, 'FairCheck', Watched)
     train,valid = Data(),Data()
     l = odd_learner(FastaiDataLoader(train, bs=50, num_workers=1), FastaiDataLoader(valid, bs=300, num_workers=1))
-    assert not told(lambda: fit(l, 6, cbs=[Watched(), Over()]), 'check')
+    assert not told(lambda: fit(l, 6, cbs=[SWA(), Over()]), 'check')
     assert [len(o) for o in seen]==[4,4] and [o.fake_l.num_workers for o in l.dls]==[1,1]
 
 def test_a_saw_tooth_is_no_annealing():
@@ -222,7 +225,7 @@ def test_nothing_left_to_train_is_nothing_to_check():
     swa.restore(l)
     seen.n,swa.check = 0,True
     fit(l, 10, start_epoch=10, cbs=swa)
-    assert seen.n==0 and swa._avg.is_inside()
+    assert seen.n==0 and swa._average.weights.is_applied()
 
 def test_compare_without_validation_data():
     l,swa = learner(),SWA(); fit(l, 3, cbs=swa)
@@ -283,4 +286,4 @@ def test_out_of_memory_in_the_check_is_no_reason_to_lose_the_average():
     l,swa = learner(nn.Sequential(Greedy(), plain_net())),SWA()
     fit(l, 6, cbs=[swa, Arm()])
     Greedy.armed = False
-    assert swa._avg.is_inside()
+    assert swa._average.weights.is_applied()

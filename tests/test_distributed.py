@@ -8,7 +8,7 @@ from fastai.distributed import ParallelTrainer
 from fastswa.all import *
 from fastswa.batchnorm import BNMeter
 from fastswa.loader import is_sharded
-from fastswa.processes import by_all, world_size
+from fastswa.processes import together, world_size
 
 here = Path(__file__).resolve().parent
 example = here.parent/'examples'/'distributed.py'
@@ -145,7 +145,7 @@ def test_average_of_a_model_whose_layers_are_replaced(tmp_path):
         for m in plain.model,swa.swa_model: assert all(torch.equal(v, average[k]) for k,v in m.state_dict().items() if 'tracked' not in k)
         for at_once in True,False:                                                 # loaded, and measured by a pass that replaces the layers again
             other,again = learner(cbs=DistributedTrainer(), shuffle=False),SWA().load(tmp_path/'s')
-            if not at_once: again._loaded['bn'] = None
+            if not at_once: again._average.state['bn'] = None
             again.apply(other)
             for k,v in other.model.state_dict().items():
                 if 'tracked' not in k: torch.testing.assert_close(v, average[k])
@@ -180,13 +180,14 @@ def test_who_gives_parts():
     assert world_size()==1
 
 def test_one_process_exchanges_nothing():
-    def run(meet): meet(); raise OSError('as it is')
-    with pytest.raises(OSError, match='as it is'): by_all(run, False)
+    with pytest.raises(OSError, match='as it is'), together(False) as group:
+        group.barrier()
+        raise OSError('as it is')
 
 def test_parts_with_nothing_in_them():
     m = BNMeter([nn.BatchNorm1d(2)])
     empty,full = (0,torch.zeros(1).double(),torch.zeros(2).double(),torch.zeros(2).double()),(3,torch.tensor([4.]).double(),torch.tensor([1.,2]).double(),torch.tensor([8.,4]).double())
     m.merge_state([empty,full,empty])
-    assert m.batches==3 and m.n.tolist()==[4] and m.mean.tolist()==[1,2] and m.m2.tolist()==[8,4]
+    assert m.batches==3 and m.moments.n.tolist()==[4] and m.moments.mean.tolist()==[1,2] and m.moments.m2.tolist()==[8,4]
     m.merge_state([empty,empty])
-    assert m.n.tolist()==[0] and m.mean.isfinite().all()
+    assert m.moments.n.tolist()==[0] and m.moments.mean.isfinite().all()

@@ -4,10 +4,11 @@ from fractions import Fraction
 
 import pytest, torch
 from common import *
-from fastswa import callback
-from fastswa.callback import SWA, _SWAInstall, _Refresh
+from fastswa import callback, compare, cycle, model_average
+from fastswa.callback import SWA
+from fastswa.cycle import Helper
 
-def helpers(learn): return [cb for cb in learn.cbs if isinstance(cb, (_Refresh,_SWAInstall))]
+def helpers(learn): return [cb for cb in learn.cbs if isinstance(cb, Helper)]
 def told(f, match=''):
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
@@ -85,7 +86,7 @@ def test_cancels_of_others_before_a_pass_of_ours(exc):
     l,swa = learner(cbs=Shape()),SWA(eval_every=1)
     assert not told(lambda: fit(l, 4, cbs=swa), 'drop_last')
     cols = np.array(l.recorder.values, dtype=float)[-1][-2:]
-    assert np.isfinite(cols).all() and swa._avg.is_inside()
+    assert np.isfinite(cols).all() and swa._average.weights.is_applied()
     np.testing.assert_allclose(list(_validate(l)), cols, rtol=1e-6)
 
 def _validate(l):
@@ -109,7 +110,7 @@ def test_out_of_memory_in_an_evaluation_and_in_the_refresh():
     memory = [w for w in ws if 'out of memory' in str(w.message)]
     assert len(memory)==2 and 'columns stay nan' in str(memory[0].message) and 'batches of 20' in str(memory[1].message)
     assert np.isnan(np.array(l.recorder.values, dtype=float)[:,3:]).all() and len(l.recorder.values)==4
-    assert swa.n_averaged==3 and swa._avg.is_inside()
+    assert swa.n_averaged==3 and swa._average.weights.is_applied()
     torch.testing.assert_close(l.model[1].running_mean[0], X[:200].mean(), atol=1e-5, rtol=1e-5)
 
 def test_no_memory_at_all_leaves_the_last_weights():
@@ -119,7 +120,7 @@ def test_no_memory_at_all_leaves_the_last_weights():
     l.model[0].at_most = math.inf                              # memory is free again
     with quiet(l): swa.apply(l)
     torch.testing.assert_close(l.model[1].running_mean[0], X[:200].mean(), atol=1e-5, rtol=1e-5)
-    assert swa._avg.is_inside()
+    assert swa._average.weights.is_applied()
 
 # ---- Ctrl-C at any line
 
@@ -134,7 +135,7 @@ def lines_run(f):
                     sys.settrace(None)
                     signal.raise_signal(signal.SIGINT)
             return local
-        def trace(frame, event, arg): return local if frame.f_code.co_filename==callback.__file__ else None
+        def trace(frame, event, arg): return local if frame.f_code.co_filename in ours else None
         old = sys.gettrace()
         sys.settrace(trace)
         try: f()
@@ -142,7 +143,9 @@ def lines_run(f):
         return seen
     return run
 
-careful = '_collect','_take','_put','restore','_install','_lent','compare','_check_helped','_losses'
+ours = {o.__file__ for o in (callback, compare, cycle, model_average)}
+careful = ('collect','take','apply','restore','last_of_all','swapped','measure','rebase','compare','compare_average','_try_check',
+           '__call__','losses','without_workers')
 
 def test_ctrl_c_at_any_line_of_the_callback():
     def make():
@@ -173,7 +176,7 @@ def test_ctrl_c_at_any_line_of_the_callback():
             mean = spy.mean(swa.collected)
             n = len(spy.ws)
             def is_walk(): return any(same(weights(l.model), o) for o in whole.ws[n-1:n+1])      # perhaps a step further, not yet seen
-            assert swa._avg.is_inside() if swa._avg.inside else is_walk(), k
+            assert swa._average.weights.is_applied() if swa._average.applied else is_walk(), k
             with quiet(l): swa.apply(l)
             for p,m in zip(l.model.parameters(), mean): torch.testing.assert_close(p.detach().double(), m, atol=1e-6, rtol=1e-6)
             swa.restore(l)

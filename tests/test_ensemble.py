@@ -2,6 +2,7 @@
 import gc, math, pickle, signal, sys
 from copy import deepcopy
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest, torch
 import torch.nn.functional as F
@@ -11,10 +12,11 @@ from fastcore.test import test_close
 from fastai.metrics import *
 from hypothesis import given, strategies as st
 from test_applications import tabular, text, torch_loaders, vision
-from fastswa import ensemble
+from fastswa import ensemble, members, voting
 from fastswa.batchnorm import update_bn
 from fastswa.callback import SWA
-from fastswa.ensemble import FGE, Ensemble, SnapshotEnsemble, activation, fge_cycles, inverse, snapshot_cycles, snapshot_lr
+from fastswa.ensemble import FGE, Ensemble, SnapshotEnsemble, fge_cycles, snapshot_cycles, snapshot_lr
+from fastswa.voting import activation, inverse
 
 # The formulas, written down once more from the papers
 
@@ -117,7 +119,7 @@ def test_beside_a_schedule():
     assert len(set(moms.moms))==1
     fge = FGE(start=.5)
     fitted(fge, 4, method='fit_one_cycle', cbs=[moms])
-    assert len(set(moms.moms[:10]))>5 and len(set(moms.moms[fge._cycles.begin:]))==1
+    assert len(set(moms.moms[:10]))>5 and len(set(moms.moms[fge.fit_state.cycles.begin:]))==1
 
 def test_nothing_else_changes():
     snap = SnapshotEnsemble(3)
@@ -149,7 +151,7 @@ def test_members_are_the_weights_of_their_moment(make, keep_on, tmp_path):
     if keep_on=='path': assert sorted(o.name for o in (tmp_path/'m').iterdir())==[f'member_{o:08d}.pt' for o in ens.collected]
     if keep_on=='disk':
         folder, = (tmp_path/'models').iterdir()
-        assert len(list(folder.iterdir()))==ens.n_members and not any(isinstance(o, dict) for o in ens._members)
+        assert len(list(folder.iterdir()))==ens.n_members and not any(isinstance(o, dict) for o in ens.store.kept)
         del ens; gc.collect()
         fit(learn, 1)                                      # the learner may still know it as the last callback
         gc.collect()
@@ -427,7 +429,7 @@ def test_interrupted_while_voting(exc, at):
     except RuntimeError as e: assert exc is CancelFitException and 'ended one of the passes' in str(e)
     else: assert exc is CancelFitException and at==5                          # in the last pass: as `learn.validate` has it
     learn.remove_cb(stop)
-    assert same(before, state(learn.model)) and not [cb for cb in learn.cbs if isinstance(cb, ensemble._Vote)]
+    assert same(before, state(learn.model)) and not [cb for cb in learn.cbs if isinstance(cb, voting.Vote)]
     with quiet(learn): torch.testing.assert_close(ens.get_preds(learn)[0], by_hand(learn, ens, X[200:300]).float(), atol=1e-6, rtol=1e-4)
 
 def test_members_keep_their_values():
@@ -493,7 +495,7 @@ def test_what_is_not_a_fit_is_not_touched(tmp_path):
         learn.validate(); learn.get_preds(); learn.lr_find(num_it=6, show_plot=False)
         assert ens.n_members==0
         fit(learn, 2)
-        assert not ens._active and not ens._armed
+        assert not ens.in_fit and ens._coming is None
         was = ens.members
         learn.validate(); learn.get_preds(); learn.lr_find(num_it=6, show_plot=False); ens.validate(learn); ens.get_preds(learn)
     assert ens.n_members==2 and all(a['0.weight'] is b['0.weight'] for a,b in zip(was, ens.members))
@@ -606,7 +608,7 @@ def test_copies_have_members_of_their_own():
     ens = SnapshotEnsemble(2)
     a,b,c = deepcopy(ens),deepcopy(ens),pickle.loads(pickle.dumps(ens))
     fitted(a, 2)
-    assert (a.n_members,b.n_members,c.n_members,SnapshotEnsemble().n_members,len(Ensemble._members))==(2,0,0,0,0)
+    assert (a.n_members,b.n_members,c.n_members,SnapshotEnsemble().n_members,len(ens.store))==(2,0,0,0,0)
     learn,_ = fitted(b, 2, model=plain_net())
     with quiet(learn): a.validate(learner()); b.validate(learn)
 
@@ -652,7 +654,7 @@ def test_resumed_walk_equals_the_unbroken_one(make, method, k, keep_on, tmp_path
     rest = Walk()
     fit(learner(net(.2), s=9), 4, method=method, start_epoch=k, cbs=[ens,rest,Exact(at.at[k])])
     assert same_walk(rest.steps, walk.steps[5*k:])
-    assert [o['it'] for o in map(ens._get, range(ens.n_members))]==whole.collected==ens.collected
+    assert [o['it'] for o in ens.store]==whole.collected==ens.collected
     assert all(alike(a,b) for a,b in zip(ens.members, whole.members))
 
 def test_members_of_version_0_3_0_can_be_gone_on_with(tmp_path):
@@ -731,7 +733,7 @@ def test_damaged_members_do_not_vote(harm, say, tmp_path):
         assert not list((tmp_path/'n').glob('*'))
         with quiet(learn): ens.validate(learn, last=2)             # those do vote
     fit(learn, 4, start_epoch=1, cbs=SnapshotEnsemble(4, keep_on=file.parent))                    # what comes later goes, in whatever state it is
-    assert ensemble._its(file.parent)==[5,10,15,20] and SnapshotEnsemble().load(file.parent).n_members==4
+    assert members.MemberFolder(file.parent).iters()==[5,10,15,20] and SnapshotEnsemble().load(file.parent).n_members==4
 
 def test_members_of_another_model_are_not_gone_on_with(tmp_path):
     fitted(SnapshotEnsemble(4, keep_on=tmp_path/'m'), 4)
@@ -748,7 +750,7 @@ def test_a_constant_mask_is_no_damage(tmp_path):
     m = Masked()
     for it in 5,10:
         with torch.no_grad(): m.net[0].weight += 1
-        torch.save(dict(state=ensemble._copy(ensemble._state(m), 'cpu'), it=it, peaks=[.1], moms=None, params=list(ensemble._params(ensemble._state(m)))), tmp_path/f'member_{it:08d}.pt')
+        torch.save(members.make_member(m, it, [.1]), tmp_path/f'member_{it:08d}.pt')
     assert FGE().load(tmp_path).n_members==2
 
 def no_space(monkeypatch, fails):
@@ -768,7 +770,7 @@ def test_a_full_disk_does_not_end_the_training(keep_on, tmp_path, monkeypatch, r
     learn,spy = fitted(ens, 4, path=tmp_path)
     assert sum('No space left' in str(o.message) and 'kept in memory' in str(o.message) for o in recwarn)==1 and len(spy.ws)==20
     assert ens.collected==ref.collected and all(alike(a,b) for a,b in zip(ens.members, ref.members))
-    folder = tmp_path/'m' if keep_on=='path' else ens._tmp
+    folder = tmp_path/'m' if keep_on=='path' else ens.store.folder.path
     assert not list(folder.glob('*.tmp'))
     with quiet(learn): ens.validate(learn)
     with pytest.raises(OSError, match='No space'):
@@ -782,10 +784,9 @@ def test_a_full_disk_does_not_end_the_training(keep_on, tmp_path, monkeypatch, r
 def test_a_disk_that_is_full_for_one_process_is_full_for_all(tmp_path, monkeypatch):
     "The first one writes for all of a distributed fit: where it cannot, none may expect a file"
     ens = SnapshotEnsemble(2, keep_on=tmp_path/'m')
-    monkeypatch.setattr(ensemble, 'by_all', lambda run, shared: (run(None), ['No space left', None]))
-    monkeypatch.setattr(ensemble.Ensemble, '_by_all', lambda self, f: f())
+    monkeypatch.setattr(members, 'together', lambda shared: contextlib.nullcontext(SimpleNamespace(gather=lambda why: [why, 'No space left', None])))
     with pytest.warns(UserWarning, match='No space left.*kept in memory'): fitted(ens, 2)
-    assert all(isinstance(o, dict) for o in ens._members) and ens.n_members==2
+    assert all(isinstance(o, dict) for o in ens.store.kept) and ens.n_members==2
 
 def test_a_member_that_cannot_be_removed_does_not_end_the_training(tmp_path, monkeypatch):
     ens = SnapshotEnsemble(4, last=2, keep_on=tmp_path/'m')
@@ -814,7 +815,7 @@ def test_out_of_memory_in_the_refresh(exc, recwarn):
     fit(learn, 4, cbs=[ens,InRefresh(exc, after=5, times=99)])                     # 5 batches for the first of three members
     assert sum('not enough memory' in str(o.message) for o in recwarn)==1
     for k,ref in enumerate((whole,running,running)): assert alike(ens.members[k], ref.members[k])
-    assert not [cb for cb in learn.cbs if isinstance(cb, (Ensemble,InRefresh))] and not ens._active
+    assert not [cb for cb in learn.cbs if isinstance(cb, (Ensemble,InRefresh))] and not ens.in_fit
     fit(learn, 4, start_epoch=4, cbs=ens)
     assert all(alike(a,b) for a,b in zip(ens.members, whole.members))
     with pytest.raises(Exception, match='a mistake'): fit(learner(), 4, cbs=[make(),InRefresh(RuntimeError('a mistake'))])
@@ -892,13 +893,13 @@ def test_layers_that_merge_in_evaluation(keep_on, tmp_path):
 
 # ---- Ctrl-C at any line
 
-HALF_DONE = '_apart swapped_state _put write _take _drop find _resume_or_reset _finish _refresh _vote predict save load'.split()      # others read, and change nothing
+HALF_DONE = 'swapped_state put _write take _keep _drop drop resume_or_reset training_ends _measure_bn vote predict save load'.split()      # others read, and change nothing
 
 def interrupted_at(n, f):
     "Run `f`, with Ctrl-C at the n-th line that it executes in functions of the module where something may be half-done; which lines these were"
     lines = []
     def trace(frame, event, arg):
-        if frame.f_code.co_filename!=ensemble.__file__ or frame.f_code.co_name not in HALF_DONE: return
+        if frame.f_code.co_filename not in (ensemble.__file__, members.__file__, voting.__file__) or frame.f_code.co_name not in HALF_DONE: return
         if event=='line':
             lines.append(frame.f_lineno)
             if len(lines)==n:
@@ -937,9 +938,9 @@ def test_interrupted_at_any_line_of_a_fit(tmp_path):
         ens = FGE(start=0, cycle_len=1, last=2, bn_batches=1, keep_on=folder)
         cbs = [type(o) for o in learn.cbs]
         with quiet(learn): lines = interrupted_at(n, lambda: learn.fit(3, cbs=[ens,last]))
-        its = [o['it'] for o in map(ens._get, range(ens.n_members))]
+        its = [o['it'] for o in ens.store]
         assert its==ens.collected[-2:] and (not n or last.state is None or same(state(learn.model), last.state))
-        assert ensemble._its(folder)==its and (not its or len(list(folder.iterdir()))==len(its))
+        assert members.MemberFolder(folder).iters()==its and (not its or len(list(folder.iterdir()))==len(its))
         assert [type(o) for o in learn.cbs]==cbs and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         return lines
     lines = run(0)
@@ -960,7 +961,7 @@ def test_interrupted_at_any_line_of_a_vote(tmp_path):
                 interrupted_at(n, f)
                 assert same(was, state(learn.model)) and [type(o) for o in learn.cbs]==[type(o) for o in cbs if not isinstance(o, ProgressCallback)]
                 assert 'get_preds' not in vars(learn) and set(vars(learn))<=attrs|{'dl','xb','yb','x','y','pred','loss','loss_grad','iter','n_iter','epoch','n_epoch','training','b'}
-                assert [o['it'] for o in map(ens._get, range(ens.n_members))]==ens.collected==[2,4]
+                assert [o['it'] for o in ens.store]==ens.collected==[2,4]
                 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 def test_taken_away_for_a_while_and_then_for_good():
@@ -1121,7 +1122,7 @@ def test_loaded_members_of_its_own_folder_are_its_own(tmp_path):
     fit(learner(), 4, cbs=SnapshotEnsemble(4, keep_on=f, last=2))
     ens = SnapshotEnsemble(8, keep_on=f, last=2).load(f)
     fit(learner(), 8, cbs=ens, start_epoch=4)
-    assert ensemble._its(f)==[35,40] and ens.n_members==2
+    assert members.MemberFolder(f).iters()==[35,40] and ens.n_members==2
 
 def test_no_rate_no_members_worth_having():
     for ens in FGE(lr_max=0, start=.5),SnapshotEnsemble(2, lr_max=0):

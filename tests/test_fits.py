@@ -4,6 +4,7 @@ import math, sys, time, tracemalloc
 import pytest, torch
 from common import *
 from fastswa.callback import SWA
+from fastswa.cycle import FitState
 from fastswa.schedule import Cycles, swa_cycles
 
 learner = partial(learner, n=50, bs=10, n_valid=20)   # five batches in an epoch
@@ -135,7 +136,7 @@ def test_epochs_of_millions_of_iterations_are_planned_at_once():
     for kw,ends in [({}, 10), (dict(start=.5, cycle_len=.001), 500), (dict(start=0, cycle_len=1), 1)]:
         swa = SWA(**kw)
         tracemalloc.start()
-        try: cyc,peak = swa._plan(1, n),tracemalloc.get_traced_memory()[1]
+        try: cyc,peak = swa.plan(1, n),tracemalloc.get_traced_memory()[1]
         finally: tracemalloc.stop()
         assert len(cyc.ends)==ends and cyc.ends[-1]==n and peak<1000+200*ends
 
@@ -163,21 +164,20 @@ def test_an_iteration_costs_the_same_in_an_epoch_of_any_length():
     def iterate(k=50):
         for _ in range(k): swa.after_pred(); swa.after_batch()
     def begin(n_iter, step, done, kind=tuple):
-        swa._cycles = Cycles(0, kind(range(step, n_iter+1, step)), n_iter)
-        swa._active,swa._epoch,swa._done,swa._moms,swa._lrs,swa._peaks,swa._lo = True,0,done,None,[],None,None
-        swa._look_ahead()
-        return swa._cycles.ends
+        swa.fit_state = swa._coming = FitState(cycles=Cycles(0, kind(range(step, n_iter+1, step)), n_iter), epoch=0, done=done)
+        swa.fit_state.look_ahead()
+        return swa.fit_state.cycles.ends
     def cost(*args):
         begin(*args); ops = calls(iterate)
         ts = []
         for _ in range(7): t = time.thread_time(); iterate(); ts.append(time.thread_time()-t)
         ends = begin(*args, Counting); ends.reads = 0; iterate()
-        assert swa._done==args[2]+50 and len(swa._lrs)==50
+        assert swa.fit_state.done==args[2]+50 and len(swa.fit_state.lrs)==50
         return ops,ends.reads/50,min(ts)
     small,big = cost(10**4, 10**4, 5000),cost(10**7, 500, 7*10**6+12)        # none of these iterations ends a cycle
     assert small[0]==big[0] and big[1]<=2*math.log2(20_000)+4 and big[2]<3*small[2], (small,big)
     begin(10**7, 500, 7*10**6)
-    assert swa._due==7*10**6+500
+    assert swa.fit_state.next_collect==7*10**6+500
 
 # ---- loaders without an index
 

@@ -184,9 +184,9 @@ def test_importing_the_package_is_cheap():
     assert r.stdout.split()[1:]==['False'], r.stderr
 
 def test_what_is_packed(copy):
-    "All of the package and none of the tests, which need the whole repository"
+    "All of the package and none of the tests and benchmarks, which need the whole repository"
     for o in 'MANIFEST.in','LICENSE': shutil.copy(root/o, copy/o)
-    shutil.copytree(root/'tests', copy/'tests', ignore=shutil.ignore_patterns('__pycache__'))
+    for o in 'tests','benchmarks': shutil.copytree(root/o, copy/o, ignore=shutil.ignore_patterns('__pycache__'))
     r = python('setup.py', '-q', 'sdist', '-d', 'out', cwd=copy)
     assert r.returncode==0, r.stderr
     archive, = (copy/'out').glob('*.tar.gz')
@@ -195,7 +195,7 @@ def test_what_is_packed(copy):
     modules = {o.name for o in (root/'fastswa').iterdir() if o.is_file()}
     assert 'py.typed' in modules and {o.name for o in (unpacked/'fastswa').iterdir()}==modules
     has = {o.name for o in unpacked.iterdir()}
-    assert {'LICENSE','README.md','settings.ini','setup.py','pyproject.toml'}<=has and 'tests' not in has
+    assert {'LICENSE','README.md','settings.ini','setup.py','pyproject.toml'}<=has and not has&{'tests','benchmarks'}
     r = python('setup.py', '-q', 'bdist_wheel', '-d', 'wheel', cwd=unpacked)
     assert r.returncode==0, r.stderr
     wheel, = (unpacked/'wheel').glob('*.whl')
@@ -388,6 +388,7 @@ def test_bootstrap_installs_once(fake):
     assert fake.after('test')==['pip .[dev]']   # more than the demo has
     assert fake.after('test')==[]
     assert fake.after('demo')==[]               # less than the tests have
+    assert fake.after('lint')==[]               # no more than they have
     for o in 'settings.ini','setup.py','pyproject.toml':
         with (fake.root/o).open('a') as f: f.write('\n')
         assert fake.after('test')==['pip .[dev]']
@@ -395,6 +396,10 @@ def test_bootstrap_installs_once(fake):
     fake.python.unlink()                        # the Python that .venv was made with is gone
     shutil.rmtree(fake.bins)
     assert fake.after('demo')==['venv', 'pip .']
+
+def test_bootstrap_lint_installs_what_tests_need(fake):
+    assert fake.after('lint')==['venv', 'pip .[dev]']
+    for o in 'lint','test','demo': assert fake.after(o)==[]
 
 @pytest.mark.parametrize('rc', [1, KeyboardInterrupt])
 def test_bootstrap_interrupted(fake, rc):
@@ -421,6 +426,9 @@ def test_bootstrap_runs(fake, monkeypatch):
     fake.after('test', '-k', 'a or b')
     name,args,env = fake.ran
     assert args==['-m', 'pytest', '-n', '2', '--dist', 'loadfile', '-k', 'a or b'] and env['OMP_NUM_THREADS']=='1' and env['PYTHONWARNINGS']=='ignore::FutureWarning'
+    fake.after('lint')
+    name,args,env = fake.ran
+    assert name.startswith('python') and args==[str(fake.root/'tools/limits.py')]
     for o in 'OMP_NUM_THREADS','PYTHONWARNINGS': monkeypatch.setenv(o, 'mine')
     fake.after('test')
     assert fake.ran[2]['OMP_NUM_THREADS']==fake.ran[2]['PYTHONWARNINGS']=='mine'

@@ -6,7 +6,8 @@ import pytest, torch
 from common import *
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
-from fastswa.average import WeightAverage, unwrap
+from fastswa.average import WeightAverage
+from fastswa.params import unwrap
 from fastswa.batchnorm import update_bn
 from fastswa.callback import SWA
 from fastswa.ensemble import SnapshotEnsemble
@@ -320,15 +321,15 @@ def test_half_precision_models(dev, dtype):
     l,spy,swa = on(dev, m, opt_func=SGD, lr=.02, cbs=Inputs(dtype)),Spy(),SWA(start=1, cycle_len=.2, swa_lr=.02, eval_every=2)
     at = [p.data_ptr() for p in m.parameters()]
     fit(l, 3, cbs=[swa,spy])
-    assert swa.n_averaged==10 and {o.dtype for o in swa._avg.average}=={torch.float32} and {o.dtype for o in weights(m)}=={dtype}
-    for p,a,w in zip(m.parameters(), swa._avg.average, spy.mean(swa.collected)):
+    assert swa.n_averaged==10 and {o.dtype for o in swa._average.weights.average}=={torch.float32} and {o.dtype for o in weights(m)}=={dtype}
+    for p,a,w in zip(m.parameters(), swa._average.weights.average, spy.mean(swa.collected)):
         torch.testing.assert_close(a.double(), w, atol=1e-6, rtol=1e-6)
         assert torch.equal(p, a.to(dtype))
-    assert not torch.equal(m[1].weight.float(), swa._avg.average[0]) and at==[p.data_ptr() for p in m.parameters()]
+    assert not torch.equal(m[1].weight.float(), swa._average.weights.average[0]) and at==[p.data_ptr() for p in m.parameters()]
     assert_repeated(l)
     swa.restore(l); assert same(weights(m), spy.ws[-1]); swa.apply(l)
     full = swa.copy_to(nn.Sequential(*(type(o)(*a) for o,a in zip(m, [(),(64,4500),(4500,),(),(4500,10)]))).to(dev))
-    assert same(weights(full), swa._avg.average)                      # nothing rounded where there is room
+    assert same(weights(full), swa._average.weights.average)                      # nothing rounded where there is room
 
 # ---- gradients accumulated and clipped
 
@@ -368,7 +369,7 @@ def test_channels_last(dev, amp):
     assert {o for _,o in m[1].seen}=={True} and set(m[1].count())=={'TT','FT','FF'}      # lent weights have the format too
     assert all(same(x,y) for x,y in zip(a.ws,b.ws)) and swa.n_averaged==5
     strides = [p.stride() for p in l.model.parameters()]
-    assert strides!=plain and strides==[o.stride() for o in swa._avg._others]==[o.stride() for o in swa._avg.average]
+    assert strides!=plain and strides==[o.stride() for o in swa._average.weights.shadow.tensors]==[o.stride() for o in swa._average.weights.average]
     assert_mean(l.model, b, swa.collected); assert_repeated(l)
     got = state(l.model)
     if not amp:
@@ -377,9 +378,9 @@ def test_channels_last(dev, amp):
         torch.testing.assert_close(m[2].running_var.double(), x.var(1, correction=0), atol=1e-6, rtol=1e-5)
     swa.restore(l); assert same(list(state(l.model).values()), list(state(ref.model).values())) and is_last(m[4].weight)
     usual = seeing(look, wide_net()).to(dev)                                       # a model of the usual format
-    assert same(weights(swa.copy_to(usual)), [got[k] for k in swa._avg.names]) and [p.stride() for p in usual.parameters()]==plain
+    assert same(weights(swa.copy_to(usual)), [got[k] for k in swa._average.weights.names]) and [p.stride() for p in usual.parameters()]==plain
     l.to_contiguous(); swa.apply(l)
-    assert same(state(l.model), got) and [p.stride() for p in l.model.parameters()]==plain==[o.stride() for o in swa._avg._others]
+    assert same(state(l.model), got) and [p.stride() for p in l.model.parameters()]==plain==[o.stride() for o in swa._average.weights.shadow.tensors]
 
 # ---- compiled models
 
@@ -451,7 +452,7 @@ def test_a_compiled_part(fresh, tmp_path):
     for k in l,other:
         SWA().load(tmp_path/'s').apply(k)
         s = SWA(); s.load_state_dict(old); s.apply(k)
-        assert same(weights(k.model), [swa.state_dict()['average'][o] for o in swa._avg.names])
+        assert same(weights(k.model), [swa.state_dict()['average'][o] for o in swa._average.weights.names])
 
 def test_an_ensemble_of_a_compiled_part(fresh, tmp_path):
     l,ens = learner(compiled('a part', Counter())),SnapshotEnsemble(2, bn_batches=2); fit(l, 2, cbs=ens)
@@ -513,10 +514,10 @@ def test_the_average_lives_beside_the_model(gpu, how, tmp_path):
     l,swa = on('cuda'),each(1)
     if how: getattr(l,how)()
     fit(l, 3, cbs=swa)
-    assert {o.device.type for o in (*swa._avg.average, *swa._avg._others, *swa._bn.means, *swa._bn.vars, *swa.swa_model.parameters())}=={'cuda'}
+    assert {o.device.type for o in (*swa._average.weights.average, *swa._average.weights.shadow.tensors, *swa._average.stats.means, *swa._average.stats.vars, *swa.swa_model.parameters())}=={'cuda'}
     swa.save(tmp_path/'s')
     other = on('cuda'); s = SWA().load(tmp_path/'s'); s.apply(other)
-    assert same(weights(other.model), weights(l.model)) and {o.device.type for o in s._avg.average}=={'cuda'}
+    assert same(weights(other.model), weights(l.model)) and {o.device.type for o in s._average.weights.average}=={'cuda'}
     on_cpu = learner(net(.3)); SWA().load(tmp_path/'s').apply(on_cpu)
     assert same(weights(on_cpu.model), [o.cpu() for o in weights(l.model)])
 

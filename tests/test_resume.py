@@ -128,13 +128,13 @@ def test_a_fit_with_nothing_left_is_finished(how, tmp_path):
         order = -100
         def after_fit(self): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): fit(l, 4, cbs=[swa, Kill()])
-    assert not swa._avg.inside
+    assert not swa._average.applied
     if how=='file':
         w = state(l.model)
         l,swa = learner(s=3, shuffle=False),SWA().load(tmp_path/'s.pt')
         l.model.load_state_dict(w)
     fit(l, 4, start_epoch=4, cbs=swa)
-    assert swa.n_averaged==5 and swa._avg.is_inside()
+    assert swa.n_averaged==5 and swa._average.weights.is_applied()
     for k,v in state(full.model).items(): torch.testing.assert_close(v.float(), l.model.state_dict()[k].float(), atol=1e-6, rtol=1e-5)
     assert same(weights(full.model), weights(l.model))
 
@@ -200,11 +200,11 @@ def test_damaged_files_are_refused_by_name(what, saved, tmp_path):
         try: swa.load(file)
         except (ValueError,FileNotFoundError) as e:
             assert str(file) in str(e) and 'weights_only' not in str(e)
-            assert swa.n_averaged==0 and swa._loaded is None
+            assert swa.n_averaged==0 and swa._average is None
         else:                                                   # what nobody reads: padding, time stamps
             good = torch.load(tmp_path/'good', weights_only=True) if (tmp_path/'good').write_bytes(saved) else None
-            assert torch.equal(torch.cat([o.flatten() for o in good['average'].values()]), torch.cat([o.flatten() for o in swa._loaded['average'].values()]))
-            assert good['peaks']==swa._loaded['peaks'] and good['done']==swa._loaded['done'] and what in ('bit','zeros')
+            assert torch.equal(torch.cat([o.flatten() for o in good['average'].values()]), torch.cat([o.flatten() for o in swa._average.state['average'].values()]))
+            assert good['peaks']==swa._average.state['peaks'] and good['done']==swa._average.state['done'] and what in ('bit','zeros')
 
 def test_a_file_that_would_run_something_is_refused(tmp_path):
     class Evil:
@@ -237,7 +237,7 @@ def test_a_malformed_state_changes_nothing(spoil, where, saved, tmp_path):
         with quiet(l): swa.apply(l)
     with pytest.raises(ValueError) as e: go()
     assert same(state(l.model), before)
-    assert (swa._loaded is None)==(where=='load') or where=='apply'
+    assert (swa._average is None)==(where=='load') or where=='apply'
     if where=='load': assert 's.pt' in str(e.value)
 
 def test_load_state_dict_of_what_is_no_state():

@@ -1,4 +1,6 @@
-"Write README.md and its pictures from nbs/index.ipynb; with --check, only say whether they are in step: `python tools/readme.py [--check]`"
+"""Write README.md and its pictures from nbs/index.ipynb: `python tools/readme.py [--check]`
+
+With --check, only say whether they are in step."""
 # Renders the outputs that are stored and executes nothing, so that the same notebook gives the same bytes everywhere.
 import argparse,posixpath,re,sys
 from base64 import b64decode
@@ -44,7 +46,8 @@ def pipe_table(html):
     rows = [[unescape(re.sub(r'<[^>]+>', '', o)).strip().replace('|', r'\|').replace('\n', ' ')
              for o in re.findall(r'<t[hd]\b[^>]*>(.*?)</t[hd]>', r, re.S)] for r in rows]
     around = re.sub(r'<table.*</table>|<p>\d+ rows × \d+ columns</p>|</?div[^>]*>|\s+', '', html, flags=re.S)
-    if around or html.count('<table')!=1 or re.search(r'(row|col)span|<img|<a ', html) or len({len(o) for o in rows})!=1: return
+    if around or html.count('<table')!=1 or re.search(r'(row|col)span|<img|<a ', html): return
+    if len({len(o) for o in rows})!=1: return
     num = [all(re.fullmatch(r'nan|[\d.,:%+e-]*', r[i]) for r in rows[1:]) for i in range(len(rows[0]))]
     def line(r): return '| '+' | '.join(r)+' |'
     return '\n'.join([line(rows[0]), line(['---:' if o else '---' for o in num]), *map(line, rows[1:])])
@@ -66,13 +69,15 @@ def output_md(o, name, alt, imgs):
         raw = text(data[mime])
         imgs[f'{name}.{ext}'] = raw.encode() if ext=='svg' else b64decode(raw)
         return f'![{alt}](nbs/images/{name}.{ext})'
-    if 'text/html'     in data: return html_md(text(data['text/html']))   # before markdown: fastai's tables say it with HTML in a code block
+    # before markdown: fastai's tables say it with HTML in a code block
+    if 'text/html'     in data: return html_md(text(data['text/html']))
     if 'text/markdown' in data: return relink(text(data['text/markdown']))
     return fence(text(data.get('text/plain', ''))) if 'text/plain' in data else ''
 
 def render():
     "README's text, and its pictures as a dict from file name to bytes"
-    p = NBProcessor(root/'nbs/index.ipynb', procs=[populate_language, strip_ansi, hide_line, hide_, rm_export], rm_directives=True)
+    procs = [populate_language, strip_ansi, hide_line, hide_, rm_export]
+    p = NBProcessor(root/'nbs/index.ipynb', procs=procs, rm_directives=True)
     p.process()
     blocks,imgs,above = ['<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook -->'],{},''
     for c in p.nb.cells:
@@ -81,16 +86,19 @@ def render():
             blocks.append(relink(c.source.strip()))
         if c.cell_type!='code': continue
         d = c.directives_
-        if d.get('echo')!='false' and c.source.strip(): blocks.append(fence(c.source, c.metadata.get('language', 'python')))
+        if d.get('echo')!='false' and c.source.strip():
+            blocks.append(fence(c.source, c.metadata.get('language', 'python')))
         alt = next((d[o].strip('"\'') for o in ('alt', 'fig-alt', 'fig-cap') if d.get(o)), above)
         if d.get('output')=='false': continue
-        for i,o in enumerate(c.outputs): blocks.append(output_md(o, f'{prefix}{c.id}'+(f'_{i}' if i else ''), alt, imgs))
+        for i,o in enumerate(c.outputs):
+            blocks.append(output_md(o, f'{prefix}{c.id}'+(f'_{i}' if i else ''), alt, imgs))
     md = '\n\n'.join(filter(None, blocks))
     return re.sub(r'\n{3,}', '\n\n', re.sub(r'[ \t]+$', '', md, flags=re.M)).strip()+'\n',imgs
 
 def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--check', action='store_true', help='write nothing; exit with 1 where README.md or a picture is not what the notebook gives')
+    parser.add_argument('--check', action='store_true',
+                        help='write nothing; exit with 1 where README.md or a picture is not what the notebook gives')
     check = parser.parse_args(args).check
     md,imgs = render()
     folder = root/'nbs/images'
@@ -98,8 +106,9 @@ def main(args=None):
     extra = [o for o in folder.glob(prefix+'*') if o not in want]
     stale = [k for k,v in want.items() if not k.exists() or k.read_bytes()!=v]
     if check:
-        if stale+extra: sys.exit(f'Out of step with nbs/index.ipynb: {(stale+extra)[0].relative_to(root)}. Run `python tools/readme.py`')
-        return
+        if not stale+extra: return
+        first = (stale+extra)[0].relative_to(root)
+        sys.exit(f'Out of step with nbs/index.ipynb: {first}. Run `python tools/readme.py`')
     if imgs: folder.mkdir(exist_ok=True)
     for o in stale: o.write_bytes(want[o])
     for o in extra: o.unlink()

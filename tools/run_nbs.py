@@ -1,5 +1,6 @@
-"Execute notebooks in a real kernel, store what they print and draw, and clean them: `python tools/run_nbs.py [nbs/00_average.ipynb ...]`"
-# Not `nbdev-test --save`: that is no Jupyter kernel, so a fit would be stored as a broken progress bar instead of its table.
+"""Execute notebooks in a real kernel, store what they print and draw, and clean them:
+`python tools/run_nbs.py [nbs/00_average.ipynb ...]`"""
+# Not `nbdev-test --save`: that is no Jupyter kernel, and would store a fit as a broken progress bar, not as its table.
 import argparse,os,sys,tempfile,time
 from pathlib import Path
 
@@ -25,13 +26,16 @@ class Client(NotebookClient):
 def kernel_env(tmp):
     "What a kernel may inherit from its user's machine and must not"
     (tmp/'matplotlibrc').write_text(rc)
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])])   # this checkout's fastswa, installed or not
-    return dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore::FutureWarning,ignore:IProgress not found', PYTHONPATH=path, MATPLOTLIBRC=str(tmp/'matplotlibrc'),
+    # this checkout's fastswa, installed or not
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])])
+    return dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore::FutureWarning,ignore:IProgress not found',
+                PYTHONPATH=path, MATPLOTLIBRC=str(tmp/'matplotlibrc'),
                 MPLBACKEND='module://matplotlib_inline.backend_inline', IPYTHONDIR=str(tmp/'ipython'))
 
 def run_nb(p):
     nb = nbformat.read(p, as_version=4)
-    c = Client(nb, timeout=600, kernel_name='python3', record_timing=False, resources=dict(metadata=dict(path=str(p.parent))),
+    c = Client(nb, timeout=600, kernel_name='python3', record_timing=False,
+               resources=dict(metadata=dict(path=str(p.parent))),
                extra_arguments=['--IPKernelApp.log_level=ERROR'])   # or every kernel warns of its unencrypted socket
     c.todo = {o.idx_ for o in nb_test_cells(p, get_config(root).tst_flags.split())}
     c.execute()

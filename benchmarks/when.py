@@ -1,17 +1,17 @@
-"""In which fits does averaging help? `python tests/benchmark_when.py [--seeds N]`, and `--show` for the tables alone
+"""In which fits does averaging help? `python benchmarks/when.py [--seeds N]`, and `--show` for the tables alone
 
 Each fit is run without SWA and with it, on the same digits, wrong labels, first weights and batches. Measured are the
 last weights without SWA, the average, and the last weights of the walk that was averaged: all with BatchNorm statistics
 measured for them, so that what the mean adds and what comes of the learning rate that SWA holds can be told apart. What
-each fit gave is written to `benchmark_when.json` beside this file; what is there already is not computed again (remove
-the file for that: half an hour on one core)."""
+each fit gave is written to `when.json` beside this file; what is there already is not computed again (remove the file
+for that: half an hour on one core)."""
 import argparse, json, sys, warnings
 from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
 
 here = Path(__file__).resolve().parent
-sys.path.insert(0, str(here.parent))
+sys.path.insert(0, str(here.parent))    # this checkout
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -221,7 +221,7 @@ def example(res):
 def show(res):
     print(fit_table(res), gap_table(res), example(res), sep='\n\n')
 
-def stored(): return json.loads((here/'benchmark_when.json').read_text())
+def stored(): return json.loads((here/'when.json').read_text())
 
 def dump(res):
     def block(d): return '{\n'+',\n'.join(f'"{s}": {json.dumps(v)}' for s,v in d.items())+'}'
@@ -232,7 +232,7 @@ def main(args=None):
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--seeds', type=int, default=10, help='of the fits (default 10)')
     p.add_argument('--demo_seeds', type=int, default=24, help="of the README's example (default 24)")
-    p.add_argument('--out', type=Path, default=here/'benchmark_when.json')
+    p.add_argument('--out', type=Path, default=here/'when.json')
     p.add_argument('--show', action='store_true', help='compute nothing')
     o = p.parse_args(args)
     warnings.filterwarnings('ignore')

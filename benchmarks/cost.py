@@ -1,12 +1,14 @@
-"""What averaging costs, as ratios measured in one process: `python tests/benchmark_cost.py [rounds]`
+"""What averaging costs, as ratios measured in one process: `python benchmarks/cost.py [rounds]`
 
 Every round times all contenders in a random order on this thread's CPU clock; a ratio is taken within a round, and the
-median over rounds is kept in `benchmark_cost.json` beside this file. Not a test: nothing is asserted, numbers within
-10% of each other are ties on a shared machine."""
-import io, json, sys, time, warnings
+median over rounds is kept in `cost.json` beside this file. Not a test: nothing is asserted, numbers within 10% of each
+other are ties on a shared machine."""
+import io, json, random, sys, time, warnings
 from pathlib import Path
 from statistics import median
 
+here = Path(__file__).resolve().parent
+sys.path[:0] = [str(here.parent), str(here.parent/'tests')]    # this checkout, and the learners of its tests
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -20,8 +22,6 @@ from fastai.layers import ConvLayer
 from fastswa.average import WeightAverage, all_finite
 from fastswa.batchnorm import bn_layers, update_bn
 from fastswa.callback import SWA
-
-here = Path(__file__).resolve().parent
 
 def clock(f):
     t = time.thread_time()
@@ -52,7 +52,8 @@ def flat_copies(m):
     return ps,[p.clone() for p in ps]
 
 def updates(rounds, name, m):
-    avg,ref,(ps,own) = WeightAverage(m),AveragedModel(m),flat_copies(m)
+    avg,ref = WeightAverage(m),AveragedModel(m)
+    ps,own = flat_copies(m)
     a,b = torch.randn(2, sum(p.numel() for p in ps))
     for _ in range(2):
         avg.update(m)
@@ -118,12 +119,12 @@ def one_fit(make, epochs=2, **kw):
     "Time that SWA takes, in epochs of the same fit without it"
     train,valid,model = make()
     data = DataLoaders(TorchLoader(train, 32, shuffle=True), TorchLoader(valid, 32))
-    l,swa,ends = learner(model, data=data, opt_func=SGD, lr=.01),Timed(start=0, cycle_len=1, **kw),[]
+    learn,swa,ends = learner(model, data=data, opt_func=SGD, lr=.01),Timed(start=0, cycle_len=1, **kw),[]
     class Clock(Callback):    # the end is in helpers of SWA: between the first and the last callback of after_fit
         order = -1000
         def after_fit(self): ends.append(time.thread_time())
     t = time.thread_time()
-    fit(l, epochs, cbs=[swa,Clock()])
+    fit(learn, epochs, cbs=[swa,Clock()])
     now = time.thread_time()
     own = swa.spent+now-ends[0]
     return epochs*own/(now-t-own)
@@ -140,7 +141,7 @@ def fits(rounds, name, make):
 
 # Tables of what is stored
 
-def stored(): return json.loads((here/'benchmark_cost.json').read_text())
+def stored(): return json.loads((here/'cost.json').read_text())
 
 def table(title, cols, rows):
     rows = [f'| {k} | {" | ".join(v)} |' for k,v in rows]
@@ -182,7 +183,7 @@ def main(rounds=15):
                snapshots={k:updates(rounds, k, m) for k,m in nets.items()},
                swaps={k:swaps(rounds, k, m) for k,m in nets.items()},
                refreshes={k:refreshes(rounds, k, m, list(xs)) for k,m in with_bn.items()})
-    (here/'benchmark_cost.json').write_text(json.dumps(res, indent=1)+'\n')
+    (here/'cost.json').write_text(json.dumps(res, indent=1)+'\n')
     print('', fit_table(res), *step_tables(res), sep='\n\n')
 
 if __name__=='__main__': main(*map(int, sys.argv[1:]))
