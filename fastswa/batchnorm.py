@@ -22,7 +22,7 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 
 from .loader import dl_len, drop_padding, is_sharded, preserve_rng
-from .params import get_modes, is_ddp, preserve_buffers, set_modes, unwrap
+from .params import is_ddp, preserve_buffers, preserve_modes, unwrap
 from .processes import together, world_size
 from .utils import LateBar, check_count, uninterrupted, warn_user
 
@@ -230,16 +230,6 @@ def _add_counts(n, ks, synced, dev):
         there = n[at].to(dev)
         dist.all_reduce(there, group=group)
         n[at] = there.cpu()
-
-# %% ../nbs/20_batchnorm.ipynb #7ad984ac
-@contextmanager
-def preserve_modes(
-    model:nn.Module, # Any model
-):
-    "Every module of `model` is in the same mode (training or evaluation) after the block as before it"
-    modes = get_modes(model)
-    try: yield
-    finally: set_modes(modes)
 
 # %% ../nbs/20_batchnorm.ipynb #b83ac367
 _no_batch = 'the DataLoader gave no batch (fewer items than a batch, and drop_last?)'

@@ -24,9 +24,8 @@ from fastai.learner import AvgLoss, CastToTensor, Learner, Recorder, ValueMetric
 from fastai.torch_core import get_model
 
 from .batchnorm import BNMeter, BNStats, bn_layers, check_dl, check_measurable, force_eager, layer_names
-from .batchnorm import preserve_modes
 from .loader import drop_padding, is_sharded, preserve_attrs, preserve_rng, rebatch, reducible_bs
-from .params import is_ddp, preserve_buffers, unwrap
+from .params import is_ddp, preserve_buffers, preserve_modes, unwrap
 from .processes import all_gather, together, world_size
 from .utils import LateBar, check_count, is_a, uninterrupted, warn_user
 

@@ -78,6 +78,15 @@ def set_modes(
         if m.training!=mode: m.train(mode)     # its children too: they come later in the list
     for m,mode in modes: m.training = mode     # where a `train` of its own will not be told
 
+@contextmanager
+def preserve_modes(
+    model:nn.Module, # Any model
+):
+    "Every module of `model` is in the same mode (training or evaluation) after the block as before it"
+    modes = get_modes(model)
+    try: yield
+    finally: set_modes(modes)
+
 # %% ../nbs/02_params.ipynb #104be09e
 def movers(model):
     "Modules that may rearrange their weights in `eval()`, outer ones first"
@@ -95,12 +104,10 @@ def as_trained(
     if not away:
         yield False
         return
-    modes = get_modes(model)
-    try:
+    with preserve_modes(model):
         for m in away:
             if not m.training: m.train()
         yield True
-    finally: set_modes(modes)
 
 # %% ../nbs/02_params.ipynb #f866fee0
 def trimmed_weights(

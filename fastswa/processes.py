@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import distributed as dist
-from fastcore.basics import noop
 
 # %% ../nbs/14_processes.ipynb #1fe6aa8f
 def world_size()->int:
@@ -65,10 +64,3 @@ def together(
             print(f'{who} failed with {type(e).__name__}: {e}', file=sys.stderr, flush=True)
             all_gather(error=e, dev=dev)
         raise
-
-# %% ../nbs/14_processes.ipynb #a41e07d2
-def by_all(run, shared, bring=noop, dev=None):
-    with together(shared, dev) as group:
-        res = run(group.barrier)
-        parts = group.gather(bring(res))
-    return res,(parts if shared else None)

@@ -13,7 +13,7 @@ from operator import add
 import torch
 from torch import nn
 
-from .params import as_real, get_modes, set_modes, wide_dtype
+from .params import as_real, preserve_modes, wide_dtype
 
 # %% ../nbs/03_tensors.ipynb #453e125c
 TINY  = 4096    # elements: below this a tensor costs more to dispatch than to read
@@ -265,13 +265,12 @@ def _trim(w, emb):
 def _unsteady(model, params, movers):
     "Indices of parameters that the modules' own `eval()` and `train()` do not bring back to the bit"
     if not movers: return []
-    modes,before = get_modes(model),fingerprints(params)
-    try:
+    before = fingerprints(params)
+    with preserve_modes(model):
         for m in movers:
             if m.training: m.eval()
         for m in movers:
             if not m.training: m.train()
-    finally: set_modes(modes)
     return [i for i,(a,b) in enumerate(zip(before, fingerprints(params))) if a!=b]
 
 class Fingerprint:
