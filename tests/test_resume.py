@@ -308,3 +308,11 @@ def test_copy_to_after_load(tmp_path):
     assert same({k:v for k,v in state(got).items() if 'tracked' not in k}, {k:v for k,v in want.items() if 'tracked' not in k})
     with pytest.raises(ValueError, match='another architecture'): SWA().load(tmp_path/'s.pt').copy_to(plain_net())
     with pytest.raises(RuntimeError, match='there is no average yet'): SWA().copy_to(net())
+
+def test_an_average_that_was_loaded_and_put_in_is_saved_as_it_was(saved, tmp_path):
+    (tmp_path/'a').write_bytes(saved)
+    swa,l = SWA().load(tmp_path/'a'),learner(s=1)
+    with quiet(l): swa.apply(l)
+    swa.save(tmp_path/'b')
+    a,b = (torch.load(tmp_path/o, weights_only=True) for o in 'ab')
+    assert all(a[k]==b[k] for k in ('n','done','peaks','moms','collected','layers')) and same(a['average'], b['average'])
