@@ -10,12 +10,13 @@ import math
 
 import numpy as np
 from fastcore.meta import delegates
+from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 
 from .batchnorm import bn_layers, layer_names
 from .cycle import CycleCallback, warn_of_nothing
 from .learner import is_out_of_memory, measure_bn_within_memory, trained_layers
-from .members import MemberFolder, MemberStore, check_goes_on, make_member, swapped_state
+from .members import MemberFolder, MemberStore, check_goes_on, make_member, parse_storage, swapped_state
 from .params import is_ddp, unwrap
 from .processes import together
 from .schedule import Cycles, check_cycles, check_lr, group_lrs, iters_before
@@ -93,6 +94,22 @@ def fge_cycles(
     mids = tuple(total-2*half*k for k in reversed(range(n)))
     return Cycles(mids[0]-half, mids, n_iter)
 
+# %% ../nbs/40_ensemble.ipynb #6e91f192
+def measured_member(
+    learn:Learner, # A learner
+    m:dict, # A member
+    layers:list, # BatchNorm layers of its model
+    n_batches:int=None, # Training batches. None: all
+    inner:bool=False, # Whether a fit or a validation of `learn` is going on
+)->dict: # The member with statistics that are measured for its weights
+    "Raises ValueError for a member of another model, torch.OutOfMemoryError if the memory suffices for no batch"
+    model = unwrap(learn.model)
+    with swapped_state(model, m['state']): stats = measure_bn_within_memory(learn, layers, n_batches, inner=inner)
+    names,dev = layer_names(model, stats.layers),next(iter(m['state'].values())).device
+    means = {f'{k}.running_mean':o.to(dev) for k,o in zip(names, stats.means)}
+    vars_ = {f'{k}.running_var':o.to(dev) for k,o in zip(names, stats.vars)}
+    return dict(m, state={**m['state'], **means, **vars_})
+
 # %% ../nbs/40_ensemble.ipynb #4dcbfa4f
 _no_memory = ('there was not enough memory to measure the BatchNorm statistics of each member: those without have the '
               'running statistics of their moment. To try again, call learn.fit(n_epoch, start_epoch=n_epoch, '
@@ -106,7 +123,7 @@ def _warn_of_zero(ens, lrs):
 class Ensemble(Committee, CycleCallback):
     """Members collected in one fit, whose predictions are averaged. What `SnapshotEnsemble` and `FGE` have in common:
     use one of these"""
-    _stateattrs = CycleCallback._stateattrs+('_layers',)
+    _stateattrs = CycleCallback._stateattrs+('_layers','store')
     _layers = None                      # those that trained when the last member was taken
     def __init__(self,
         last:int=None, # Keep only the last so many members, 1 or more. None: all
@@ -116,11 +133,15 @@ class Ensemble(Committee, CycleCallback):
         super().__init__()
         self.last = check_count(last, 'last', 'members')
         self.bn_batches = 0 if is_int(bn_batches) and bn_batches==0 else check_count(bn_batches, 'bn_batches')
-        self.store = MemberStore(keep_on)
+        self.keep_on = parse_storage(keep_on)
+        self._init_state()
+
+    def _init_state(self):
+        "Also for a copy, and for what pickle makes of it: it has the same place for members, and none yet"
+        super()._init_state()
+        self.store = MemberStore(self.keep_on)
 
     def __repr__(self): return f'{type(self).__name__}(n_members={self.n_members})'
-    @property
-    def keep_on(self): return self.store.keep_on
     def is_training(self, learn): return self.in_fit and self.learn is learn
 
     def resume_or_reset(self, model, previous):
@@ -168,19 +189,13 @@ class Ensemble(Committee, CycleCallback):
 
     def _measure_bn(self, k, layers):
         "Measure BatchNorm statistics for a member; where that cannot be done it keeps those that it has"
-        model = unwrap(self.learn.model)
         try: m = self.store[k]
         except ValueError as e: return self.warn_once(k, f'{e}. This member keeps the BatchNorm statistics that it has')
-        try:
-            with swapped_state(model, m['state']):
-                stats = measure_bn_within_memory(self.learn, layers, self.bn_batches, inner=True)
+        try: m = measured_member(self.learn, m, layers, self.bn_batches, inner=True)
         except Exception as e:
             if not is_out_of_memory(e): raise
             return self.warn_once('memory', _no_memory)
-        names,dev = layer_names(model, stats.layers),next(iter(m['state'].values())).device
-        means = {f'{name}.running_mean':o.to(dev) for name,o in zip(names, stats.means)}
-        vars_ = {f'{name}.running_var':o.to(dev) for name,o in zip(names, stats.vars)}
-        self._keep(dict(m, state={**m['state'], **means, **vars_}), k)
+        self._keep(m, k)
 
     def save(self,
         folder, # Path of a folder without members, made if it isn't there

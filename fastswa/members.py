@@ -185,8 +185,10 @@ class MemberFolder:
                 raise
 
 # %% ../nbs/38_members.ipynb #4b68bf23
-def _parse_storage(keep_on):
-    "A torch device, 'disk' or a Path, out of what was given for `keep_on`"
+def parse_storage(
+    keep_on, # 'cpu', 'disk', a Path or a torch device
+): # A torch device, 'disk' or a Path
+    "Where members are to be kept. Raises TypeError or ValueError for what is no place"
     if isinstance(keep_on, (Path,torch.device)) or keep_on=='disk': return keep_on
     try: return torch.device(keep_on if isinstance(keep_on, str) else '')
     except RuntimeError:
@@ -203,16 +205,15 @@ def _refusal(f, *args, **kwargs):
 class MemberStore:
     """Members of one fit in the order of their iterations: `kept` has each as a dict (in memory) or as its file's path.
 
-    `store[k]` is the k-th as a dict, read now if it is in a file: ValueError for a damaged one. A copy of a store, and
-    what pickle makes of it, has the same place and no members. Raises TypeError or ValueError for what is no place."""
+    `store[k]` is the k-th as a dict, read now if it is in a file: ValueError for a damaged one. Raises TypeError or
+    ValueError for what is no place."""
     def __init__(self,
         keep_on='cpu', # Where members are, see above: 'cpu', 'disk', Path('folder') or a torch device
     ):
-        self.keep_on,self.kept,self.shared = _parse_storage(keep_on),[],False
+        self.keep_on,self.kept,self.shared = parse_storage(keep_on),[],False
         # that of 'disk' is made in `open`
         self.folder = MemberFolder(self.keep_on) if isinstance(self.keep_on, Path) else None
 
-    def __reduce__(self): return type(self),(self.keep_on,)
     def __repr__(self): return f'{type(self).__name__}({len(self)} members)'
     def __len__(self): return len(self.kept)
     def __getitem__(self, k): return _read(self.kept[k])

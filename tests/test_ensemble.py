@@ -893,7 +893,7 @@ def test_layers_that_merge_in_evaluation(keep_on, tmp_path):
 
 # ---- Ctrl-C at any line
 
-HALF_DONE = 'swapped_state put _write take _keep _drop drop resume_or_reset training_ends _measure_bn vote predict save load'.split()      # others read, and change nothing
+HALF_DONE = 'swapped_state put _write take _keep _drop drop resume_or_reset training_ends _measure_bn measured_member vote predict save load'.split()      # others read, and change nothing
 
 def interrupted_at(n, f):
     "Run `f`, with Ctrl-C at the n-th line that it executes in functions of the module where something may be half-done; which lines these were"
@@ -901,7 +901,7 @@ def interrupted_at(n, f):
     def trace(frame, event, arg):
         if frame.f_code.co_filename not in (ensemble.__file__, members.__file__, voting.__file__) or frame.f_code.co_name not in HALF_DONE: return
         if event=='line':
-            lines.append(frame.f_lineno)
+            lines.append((frame.f_code.co_filename, frame.f_lineno))
             if len(lines)==n:
                 sys.settrace(None)
                 signal.raise_signal(signal.SIGINT)
