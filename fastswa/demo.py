@@ -140,7 +140,9 @@ def demo_scores(
 )->dict: # Test accuracy, test loss; training loss on pictures not shifted, with the labels that training used
     "Measure a model, or an ensemble, in evaluation mode"
     validate = learn.validate if ens is None else partial(ens.validate, learn)
-    with learn.no_bar(),learn.no_logging(): (loss,acc),(train_loss,_) = validate(),validate(2)
+    with learn.no_bar(),learn.no_logging():
+        loss,acc = validate()
+        train_loss,_ = validate(2)
     return dict(accuracy=acc, test_loss=loss, train_loss=train_loss)
 
 def fit_run(
@@ -309,12 +311,12 @@ def plot(
     loss around the first seed's walk, where there is one."""
     sgd,swa = (_by_method(runs)[m] for m in ('SGD','SWA'))
     walked = swa[0].walk is not None and swa[0].walk.n_members>2
-    fig,(ax1,ax2,*ax3) = plt.subplots(1, 2+walked, figsize=(10+4.2*walked,3.6), layout='constrained')
-    _plot_rates(ax1, sgd[0], swa[0])
-    _plot_accuracy(ax2, sgd, swa)
+    fig,axs = plt.subplots(1, 2+walked, figsize=(10+4.2*walked,3.6), layout='constrained')
+    _plot_rates(axs[0], sgd[0], swa[0])
+    _plot_accuracy(axs[1], sgd, swa)
     if walked:
-        walk_plane(swa[0]).plot('validation loss', axs=ax3)
-        ax3[0].set_title('test loss, first seed' if len(swa)>1 else 'test loss')
+        walk_plane(swa[0]).plot('validation loss', axs=axs[2])
+        axs[2].set_title('test loss, first seed' if len(swa)>1 else 'test loss')
     if file is not None: fig.savefig(file, format='png', dpi=150)
     return fig
 

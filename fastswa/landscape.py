@@ -200,7 +200,7 @@ class _Surface:
 
 # %% ../nbs/50_landscape.ipynb #80374c02
 @contextmanager
-def _measuring(learn, metric, n_train, n_valid, total):
+def _measuring(learn, metric, n_train, n_valid, total, inner=False):
     "Inside the block: a function like `_Surface.at`, which will be called `total` times; nothing is changed by it"
     n_train,n_valid = check_count(n_train, 'n_train', None),check_count(n_valid, 'n_valid', None)
     if num_distrib()>1:
@@ -208,7 +208,7 @@ def _measuring(learn, metric, n_train, n_valid, total):
                            '(learn.save, swa.save) and draw them in another run, without torchrun')
     surface,bar,places = _Surface(learn, metric),pass_bar(learn, total, 'loss surface'),count(1)
     with (uninterrupted(patience=1) as check, torch.no_grad(), warnings.catch_warnings(),
-          isolated_pass(learn, learn.dls.train, bar=bar)):
+          isolated_pass(learn, learn.dls.train, bar=bar, inner=inner)):
         warnings.filterwarnings('ignore', 'the inputs of .* were not finite')   # far out they may be: it will be seen
         learn.create_mbar = False                                               # no bars within ours
         surface.keep_batches(n_train, n_valid, check)
@@ -401,6 +401,7 @@ def plane(
     metric=None, # Name of one of the learner's metrics. None: the first. False: none
     n_train:int=2000, # Training items for BatchNorm and training loss, 1 or more, in whole batches. None: all
     n_valid:int=2000, # Validation items. None: all
+    inner:bool=False, # Whether a fit or a validation of `learn` is going on: for a call from a callback
 )->Plane: # What was measured
     """Measure losses in the plane through three sets of weights, with BatchNorm statistics of their own at each place.
 
@@ -417,7 +418,7 @@ def plane(
     u,v,coords = _span(*ws, names)
     xs,ys = _grid(coords, n, margin)
     points = dict(zip(names,coords), mean=tuple(np.mean(coords, 0).tolist()))
-    with _measuring(learn, metric, n_train, n_valid, len(xs)*len(ys)+4) as measure:
+    with _measuring(learn, metric, n_train, n_valid, len(xs)*len(ys)+4, inner) as measure:
         place = lambda x,y: measure(ws[0], (x,u), (y,v))
         at = {k:place(*p) for k,p in points.items()}
         rows = [[place(x,y) for x in xs] for y in ys]
@@ -518,6 +519,7 @@ def ray(
     metric=None, # Name of one of the learner's metrics. None: the first. False: none
     n_train:int=2000, # Training items for BatchNorm and training loss, 1 or more, in whole batches. None: all
     n_valid:int=2000, # Validation items. None: all
+    inner:bool=False, # Whether a fit or a validation of `learn` is going on: for a call from a callback
 )->Ray: # What was measured
     """Measure losses along the line through two sets of weights, with BatchNorm statistics of their own at each place.
 
@@ -530,7 +532,8 @@ def ray(
     w0,way = _ends(learn, w_from, w_to, names)
     ts = np.linspace(lo, hi, n)
     ts = np.sort(np.r_[ts[(abs(ts)>1e-6)&(abs(ts-1)>1e-6)], 0, 1])
-    with _measuring(learn, metric, n_train, n_valid, len(ts)) as measure: vals = [measure(w0, (t,way)) for t in ts]
+    with _measuring(learn, metric, n_train, n_valid, len(ts), inner) as measure:
+        vals = [measure(w0, (t,way)) for t in ts]
     values = {h:np.array([o[h] for o in vals]) for h in vals[0]}
     at = {k:vals[ts.tolist().index(t)] for k,t in zip(names,(0,1))}
     keys = list(named_params(learn.model))
@@ -613,6 +616,7 @@ def width(
     metric=None, # Name of one of the learner's metrics. None: the first. False: none
     n_train:int=2000, # Training items for BatchNorm and training loss, 1 or more, in whole batches. None: all
     n_valid:int=2000, # Validation items. None: all
+    inner:bool=False, # Whether a fit or a validation of `learn` is going on: for a call from a callback
 )->Width: # What was measured
     """Measure losses at growing distances from sets of weights, with BatchNorm statistics of their own at each place.
 
@@ -626,7 +630,7 @@ def width(
     ws = {k:_weights(learn, w, k) for k,w in sets.items()}
     if radius is None: radius = .5 if filterwise else .5*_norm(next(iter(ws.values())))
     radii,dirs = np.linspace(0, radius, n),_random_dirs(ws, n_dirs, int(seed), filterwise)
-    with _measuring(learn, metric, n_train, n_valid, len(ws)*(1+n_dirs*(n-1))) as measure:
+    with _measuring(learn, metric, n_train, n_valid, len(ws)*(1+n_dirs*(n-1)), inner) as measure:
         start,rays = {k:measure(w) for k,w in ws.items()},{k:[] for k in ws}
         for k,d in dirs: rays[k].append([start[k], *(measure(ws[k], (r,d)) for r in radii[1:])])
     heads = next(iter(start.values()))

@@ -268,6 +268,26 @@ def test_inside_a_fit_and_after_an_interrupted_one():
     r = calm(ray, a, ws[0], ws[1], n=3)
     assert close(r.at['to'], direct(a, {k:ws[1][k] for k,_ in a.model.named_parameters()}))
 
+@pytest.mark.parametrize('draw', [lambda *a, **kw: plane(*a, n=3, **kw), lambda l,ws,**kw: ray(l, *ws[:2], n=3, **kw),
+                                  lambda *a, **kw: width(*a, n=2, n_dirs=1, **kw)], ids=['plane','ray','width'])
+@pytest.mark.parametrize('inner', [True,False])
+def test_who_draws_in_a_fit_says_so(draw, inner):
+    "inner=True: the callbacks of the fit are not set up, and dismantled, a second time"
+    seen,(_,ws) = [],made(plain_net())
+    class Shapes(Callback):
+        heard = 0
+        def before_fit(self): self.heard += 1
+        def after_fit(self): self.heard += 1
+        def before_batch(self): pass                       # without it the pass would leave this callback out
+    class Draw(Callback):
+        def after_epoch(self):
+            was = shapes.heard
+            draw(self.learn, ws, inner=inner)
+            seen.append(shapes.heard-was)
+    shapes = Shapes()
+    fit(learner(plain_net()), 1, cbs=[shapes, Draw()])
+    assert seen==[0 if inner else 2]
+
 class Rude(nn.Module):
     "Changes its input in place, and a buffer whenever it is called"
     def __init__(self): super().__init__(); self.net = net(); self.register_buffer('calls', torch.zeros(1))
