@@ -130,3 +130,8 @@ def test_command_is_red_where_only_ruff_is(small):
     (small/'benchmarks/b.py').write_text('y\n')
     rc,lines = run(small)
     assert rc==1 and len(lines)==1 and 'F821' in lines[0]
+
+def test_the_package_keeps_its_limits():
+    r = subprocess.run([sys.executable, root/'tools/limits.py'], text=True, capture_output=True)
+    assert not r.stderr
+    assert r.returncode==0, r.stdout
