@@ -33,7 +33,7 @@ from .schedule import Cycles, check_cycles, check_lr, cycle_lr, group_lrs, sched
 from .utils import check_count, check_writable, is_int, is_num, plain_number, read_file, uninterrupted
 from .utils import warn_user, with_parameters, write_file
 
-# %% ../nbs/30_callback.ipynb #1e0384b7
+# %% ../nbs/30_callback.ipynb #cb80ce7e
 class AverageColumns:
     "The columns of an average in the table of one fit, and the trackers that watch them"
     def __init__(self,
@@ -88,7 +88,7 @@ class AverageColumns:
             if getattr(o, 'new_best', False): self.best[o] = n
         self.value_now = False
 
-# %% ../nbs/30_callback.ipynb #4ee8fc25
+# %% ../nbs/30_callback.ipynb #ca510c2d
 class HoldsAverage(CycleCallback):
     "A callback with an average of the model, and what one asks it: put in, taken out, compared, copied, saved, loaded"
     _stateattrs = (*CycleCallback._stateattrs, '_average')
@@ -134,13 +134,15 @@ class HoldsAverage(CycleCallback):
 
     def apply(self,
         learn:Learner=None, # The learner of the fit, or after `load` one with the same architecture
+        inner:bool=False, # Whether a fit of `learn` is going on, whose callbacks are set up already
     ):
         """Put the average into `learn.model`, BatchNorm statistics included (measured now if they are not known: in a
-        distributed run by all processes together, so each has to call this). A second call does nothing.
+        distributed run by all processes together, so each has to call this).
 
-        Raises TypeError without a learner, RuntimeError if nothing has been averaged or the average is gone."""
+        Raises TypeError without a learner, RuntimeError if nothing has been averaged, the average is gone, or the model
+        holds that of another callback."""
         model = self._require_average(learn, 'apply')
-        self._average.measure(learn, self.bn_batches, measure_bn_within_memory, inner=self.in_fit)
+        self._average.measure(learn, self.bn_batches, measure_bn_within_memory, inner)
         self._average.apply(model)
 
     def restore(self,
@@ -158,6 +160,7 @@ class HoldsAverage(CycleCallback):
     def compare(self,
         learn:Learner=None, # The learner of the fit
         dl=None, # DataLoader. None: the validation one
+        inner:bool=False, # Whether a fit of `learn` is going on, whose callbacks are set up already
     )->pd.DataFrame: # Last weights, these with measured statistics, average; `loss` and the learner's metrics
         """Whether averaging helped. The first row has the running statistics that training left behind, the second is
         the fair comparison for the third. (Where `SaveModelCallback` has loaded the best weights of the fit, these
@@ -167,9 +170,9 @@ class HoldsAverage(CycleCallback):
         one over the training data where there is BatchNorm. Raises TypeError without a learner, RuntimeError if
         nothing has been averaged or the model was trained on."""
         self._require_average(learn, 'compare')
-        return compare_average(self._average, learn, dl, self.bn_batches, self.in_fit, self.prefix)
+        return compare_average(self._average, learn, dl, self.bn_batches, inner, self.prefix)
 
-# %% ../nbs/30_callback.ipynb #f0f53e07
+# %% ../nbs/30_callback.ipynb #4417a4b0
 class SavesAverage(HoldsAverage):
     "Also copies of the average, and files of it, one at the end of each epoch if `save_to` names it"
     save_to = None
@@ -221,7 +224,8 @@ class SavesAverage(HoldsAverage):
         "Everything needed to go on in another process: count, mean, statistics, and what the fit has to get back"
         if isinstance(self._average, SavedAverage): return self._average.state_dict()
         avg = dict(n=0, average={}, bn=None, layers=None) if self._average is None else self._average.state_dict()
-        return dict(avg, **(self.fit_state or FitState()).saved(), collected=list(self.collected))
+        kind = {} if self.prefix=='swa' else dict(kind=self.prefix)       # SWA's files say nothing, as those of 0.3.0
+        return dict(avg, **kind, **(self.fit_state or FitState()).saved(), collected=list(self.collected))
 
     def load_state_dict(self,
         state:dict, # From `state_dict`
@@ -255,7 +259,7 @@ class SavesAverage(HoldsAverage):
         return self
 
     def check_place(self):
-        "ValueError, before there is anything to lose, where `save_to` cannot be written"
+        "ValueError, before an earlier average is given up, where `save_to` cannot be written"
         if self.save_to is None or rank_distrib(): return
         try: check_writable(self.save_to)
         except OSError as e:
@@ -271,7 +275,7 @@ class SavesAverage(HoldsAverage):
                                    f'iterations ({e}): the training goes on, and the next epoch tries again. Until '
                                    'then a killed run goes on from the file before, if there is one')
 
-# %% ../nbs/30_callback.ipynb #7c8bad02
+# %% ../nbs/30_callback.ipynb #9d0f00ac
 def check_average_args(eval_every, bn_batches, save_to, check, install):
     "TypeError or ValueError, with what to type instead, for what no fit could use; the numbers as Python's own"
     eval_every = plain_number(eval_every)
@@ -323,7 +327,7 @@ def warn_of_moment(cb, done, now):
                         f'average use a new {type(cb).__name__}()')
 
 @contextmanager
-def spared(cb, key, msg):
+def oom_as_warning(cb, key, msg):
     "Where the memory does not suffice for the block, a warning: the training is worth more"
     try: yield
     except Exception as e:
@@ -338,7 +342,7 @@ def warn_of_worse(cb, layers, mean, last, n_items):
                           f'{n_items} validation items{fair}. {cb.why_worse()} {cb.prefix}.restore(learn){then} puts '
                           f'back what the average replaced; {cb.prefix}.compare(learn) shows all of it.')
 
-# %% ../nbs/30_callback.ipynb #71fa596c
+# %% ../nbs/30_callback.ipynb #42bb3b3e
 class AverageCallback(SavesAverage):
     "Averages weights in a fit: takes them, evaluates the average, and puts it into the model in the end"
     _stateattrs,_columns,install = (*SavesAverage._stateattrs, '_columns'),None,True
@@ -379,9 +383,8 @@ class AverageCallback(SavesAverage):
         self._columns.run_trackers(not frozen)                      # a fit that was interrupted may have left them off
         if not frozen: self._columns.check_trackers()
 
-    def training_begins(self):
-        self.check_place()
-        warn_of_other_params(self)
+    def check_rates(self, n_groups): self.check_place()
+    def training_begins(self): warn_of_other_params(self)
 
     def resume_or_reset(self, model, previous):
         "A state that was loaded is continued, and so is the average of a fit that goes on with `start_epoch`"
@@ -411,7 +414,7 @@ class AverageCallback(SavesAverage):
         if due and self.n_averaged:
             msg = ('the average was evaluated, its columns stay nan and the training goes on: try smaller batches, '
                    'or bn_batches=')
-            with spared(self, 'memory', msg), self._swapped():
+            with oom_as_warning(self, 'memory', msg), self._swapped():
                 values = score(self.learn, model_metrics(self.learn), inner=True).values()
         self._columns.log(values)
 
@@ -424,7 +427,7 @@ class AverageCallback(SavesAverage):
         if not self.n_averaged: return warn_of_nothing(self)
         msg = ('BatchNorm statistics of the average were measured: the learner keeps its last weights. Free some '
                f'memory, then {self.prefix}.apply(learn) puts the average in')
-        with spared(self, 'final', msg), uninterrupted(patience=1):
+        with oom_as_warning(self, 'final', msg), uninterrupted(patience=1):
             self._average.measure(self.learn, self.bn_batches, measure_bn_within_memory, inner=True)
         if self._average.stats is not None and self.check and self.install and not self._columns.best: self._try_check()
 
@@ -441,7 +444,7 @@ class AverageCallback(SavesAverage):
         if worse is not None: warn_of_worse(self, self._average.layers, *worse)
 
     def last_of_all(self):
-        avg,best = self._average,self._columns.best
+        avg,best,collected = self._average,self._columns.best,self.collected
         if not self.n_averaged or avg.stats is None: return
         if self.install: avg.apply(unwrap(self.learn.model))
         for cb in self._columns.trackers(SaveModelCallback):
@@ -450,9 +453,9 @@ class AverageCallback(SavesAverage):
             elif cb in best and self.install:
                 cb.after_fit()                                      # loads the best average
                 avg.rebase(best[cb])
-                self.collected = self.collected[:best[cb]]
+                self.collected = collected[:best[cb]]
 
-# %% ../nbs/30_callback.ipynb #99385910
+# %% ../nbs/30_callback.ipynb #5debd4b4
 def warn_of_annealing(swa):
     swa.warn_once('anneal', "the fit's own schedule anneals the learning rate to almost nothing while SWA averages "
                             '(swa_lr=False): the mean of an annealing tail tends to be worse than its last weights. '
@@ -488,7 +491,7 @@ def why_worse(learn, state):
     return ('The walk may be too short, or its rate too low for the weights to move around: '
             'more epochs, a higher swa_lr.')
 
-# %% ../nbs/30_callback.ipynb #a9a926e0
+# %% ../nbs/30_callback.ipynb #93172a40
 _elsewhere = dict(
     swa_start='start', swa_epoch_start='start', swa_lrs='swa_lr', lr='swa_lr', swa_freq='cycle_len, in epochs',
     swa_c_epochs='cycle_len', c_epochs='cycle_len', update_interval='cycle_len, in epochs', cycle_length='cycle_len',
@@ -591,6 +594,7 @@ class SWA(AverageCallback):
         return Cycles(own.begin, tuple(o for o in ends if o>own.begin), n_iter)
 
     def check_rates(self, n_groups):
+        super().check_rates(n_groups)
         if self.swa_lr is False: return
         end,begin = (group_lrs(getattr(self, o), [1.]*n_groups, o) for o in ('swa_lr','swa_lr_max'))
         if self.swa_lr is not None and self.swa_lr_max is not None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/29_compare.ipynb #86cd7ad7
+# %% ../nbs/29_compare.ipynb #a96cb28f
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .model_average import ModelAverage
 from .params import unwrap
 from .utils import uninterrupted
 
-# %% ../nbs/29_compare.ipynb #03f75795
+# %% ../nbs/29_compare.ipynb #183d144b
 def compare_average(
     average:ModelAverage, # With at least one snapshot
     learn:Learner, # Whose model it is made for
@@ -43,6 +43,7 @@ def compare_average(
                         f'not {type(dl).__name__}')
     metrics,applied,model = model_metrics(learn),average.applied,unwrap(learn.model)
     def row(): return score(learn, metrics, dl=dl, comment='compare', inner=inner).values()
+    average.check_alone()
     with uninterrupted(patience=1):
         if applied:
             average.weights.check_applied()
@@ -57,7 +58,7 @@ def compare_average(
     index = ['last weights', 'last weights, statistics measured', 'average']
     return pd.DataFrame(rows, columns=['loss', *(m.name for m in metrics)], index=index)
 
-# %% ../nbs/29_compare.ipynb #3d9cf47c
+# %% ../nbs/29_compare.ipynb #27e8ecf5
 def _worker_owner(dl): return getattr(dl, 'fake_l', dl)     # fastai's loaders leave their workers to one of torch's
 
 def _n_items(dl):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/28_cycle.ipynb #b8723054
+# %% ../nbs/28_cycle.ipynb #51015ce2
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from .params import unwrap
 from .schedule import Cycles, draw_sched, fit_positions
 from .utils import uninterrupted, warn_user
 
-# %% ../nbs/28_cycle.ipynb #1a7da7e0
+# %% ../nbs/28_cycle.ipynb #407005ad
 @dataclass
 class FitState:
     "What a callback knows of one fit"
@@ -88,7 +88,7 @@ class FitState:
         self.held_moms = None if moms is None else list(moms)
         self.done,self.steps,self.taken_at = saved['done'],saved.get('steps', 0),saved.get('taken_at', 0)
 
-# %% ../nbs/28_cycle.ipynb #bf5a2af9
+# %% ../nbs/28_cycle.ipynb #92f89bff
 def get_sched(
     learn:Learner, # In a fit
     name:str, # Of a hyper-parameter, such as 'lr'
@@ -122,12 +122,20 @@ def start_epoch(learn):
     "The epoch that this fit goes on from, its `start_epoch`"
     return max([cb._skip_to for cb in learn._grab_cbs(SkipToEpoch)], default=0)
 
-# %% ../nbs/28_cycle.ipynb #1909d7a9
+# %% ../nbs/28_cycle.ipynb #035b1fe9
 class FineTunePhase(Callback):
-    "Tells the callbacks of a `fine_tune` whether its body is frozen"
-    def __init__(self): self.frozen = True
-    def after_fit(self):
-        if not self.learn.lock.locked(): self.frozen = False
+    "Tells the callbacks of a `fine_tune` whether its body is frozen: it comes to the learner once for each of the fits"
+    _learn,n_fits = None,0
+
+    @property
+    def learn(self): return self._learn
+    @learn.setter
+    def learn(self, learn):
+        self._learn = learn
+        self.n_fits += learn is not None
+
+    @property
+    def frozen(self): return self.n_fits<2
 
 def in_frozen_phase(learn): return any(cb.frozen for cb in learn._grab_cbs(FineTunePhase))
 
@@ -138,7 +146,7 @@ _fine_tune = Learner.fine_tune
 def fine_tune(self:Learner, *args, cbs=None, **kwargs):
     return _fine_tune(self, *args, cbs=[FineTunePhase(), *L(cbs)], **kwargs)
 
-# %% ../nbs/28_cycle.ipynb #ddba2e5b
+# %% ../nbs/28_cycle.ipynb #b7e9b798
 def stands_for_export(cb):
     "What pickle makes of a callback of a learner that `export` has emptied; None for any other"
     dls = getattr(cb.learn, 'dls', None)
@@ -199,7 +207,7 @@ class CallbackWithHelpers(Callback):
             raise ValueError(f'this {type(self).__name__} is attached to the learner already, or passed twice: '
                              'do not pass it to fit as well')
 
-# %% ../nbs/28_cycle.ipynb #8d0b8c0b
+# %% ../nbs/28_cycle.ipynb #a275e892
 class CycleHooks(CallbackWithHelpers):
     "The state of a fit, and what a subclass of `CycleCallback` may fill in; hooks do here what they do by default"
     _stateattrs = 'fit_state','_coming','collected','paused'
@@ -212,7 +220,7 @@ class CycleHooks(CallbackWithHelpers):
 
     @property
     def in_fit(self)->bool:
-        "Whether a fit of ours is training now, and this is not a validation within it"
+        "Whether a fit of ours is going on, and this event is not that of a `validate` or `get_preds` within it"
         if self._coming is None or self._coming is not self.fit_state: return False
         return self._learn is not None and not self._learn.lock.locked()
 
@@ -291,7 +299,7 @@ class CycleHooks(CallbackWithHelpers):
     def training_ends(self): "The fit is over, and nothing of it is dismantled yet"
     def last_of_all(self): "After everything else at the end of the fit"
 
-# %% ../nbs/28_cycle.ipynb #d8c94c06
+# %% ../nbs/28_cycle.ipynb #4e6aa6e4
 def find_lr_leader(cb):
     "Whose learning rates the fit of `cb` has: None if its own, or nobody's. ValueError where two would set them"
     all_ = [o for o in cb.learn.cbs if isinstance(o, CycleCallback)]
@@ -336,7 +344,7 @@ def pause_trackers(cb, pause):
     cb.paused = [o for o in cb.learn._grab_cbs(TrackerCallback) if o.run] if pause else []
     for o in cb.paused: o.run = False
 
-# %% ../nbs/28_cycle.ipynb #ebf66d7c
+# %% ../nbs/28_cycle.ipynb #11a60e5d
 class CycleCallback(CycleHooks):
     "Goes through the iterations of a fit, sets the learning rate in its cycles, and takes the weights where one ends"
     # after the Recorder has written its columns, before anything reads or prints them
@@ -346,7 +354,7 @@ class CycleCallback(CycleHooks):
         learn = self.learn
         is_fit = not (learn.lock.locked() or learn._grab_cbs(LRFinder) or hasattr(learn, 'gather_preds'))
         if is_fit: self.check_attached_once()
-        frozen = is_fit and in_frozen_phase(learn)
+        frozen = in_frozen_phase(learn)
         self.any_begins(frozen)
         if learn.lock.locked(): return                # validate or get_preds, perhaps inside a fit: not ours
         pause_trackers(self, False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMA']
 
-# %% ../nbs/35_ema.ipynb #649564a8
+# %% ../nbs/35_ema.ipynb #a89a5854
 from fastcore.meta import delegates
 
 from .average import WeightAverage
@@ -13,7 +13,7 @@ from .callback import AverageCallback
 from .schedule import Cycles, check_cycles, iters_before
 from .utils import check_count, check_number, plain_number, with_parameters
 
-# %% ../nbs/35_ema.ipynb #e45f1586
+# %% ../nbs/35_ema.ipynb #7147bf02
 class EMAverage(WeightAverage):
     "Exponential moving average: each update leaves `decay` of what was there, with `warmup` less in the beginning"
     def __init__(self, model, warmup=True, decay=.999):
@@ -23,13 +23,11 @@ class EMAverage(WeightAverage):
     def step_size(self):
         return max(1-self.decay, 1/(self.n+1)) if self.warmup or not self.n else 1-self.decay
 
-    def state_dict(self): return dict(super().state_dict(), kind='ema')
-
-# %% ../nbs/35_ema.ipynb #284caa11
+# %% ../nbs/35_ema.ipynb #330877ee
 @with_parameters
 class EMA(AverageCallback):
-    """Exponential moving average: after the fit `learn.model` predicts with an average in which each optimizer step
-    counts less than the one after it. The fit's own schedule goes on.
+    """Exponential moving average: after the fit `learn.model` predicts with an average in which the last steps count
+    most. The fit's own schedule goes on.
 
     It answers for the average as `SWA` does, with `ema_model`; `collected` has the first and the last iteration only.
     Raises TypeError or ValueError for arguments that no fit could use."""
@@ -63,17 +61,21 @@ class EMA(AverageCallback):
     def take(self, model):
         state = self.fit_state
         if self.n_averaged:
+            passed = max(state.done-self.collected[-1], 1)     # an epoch that is made again has been taken already
             half_life = self.half_life*(state.cycles.ends[-1]-state.cycles.begin)
-            decay = .5**((state.done-self.collected[-1])/half_life) if self.decay is None else self.decay
-            self._average.weights.decay = decay
+            self._average.weights.decay = .5**(passed/half_life) if self.decay is None else self.decay
         super().take(model)
         del self.collected[1:]
 
     def count_steps(self, k):
-        if self.in_fit: self.fit_state.steps += k
+        if not self.in_fit: return
+        state = self.fit_state
+        state.steps += k
+        if state.done<state.cycles.begin: state.taken_at = state.steps
+
     def after_step(self): self.count_steps(1)
     def after_cancel_step(self): self.count_steps(-1)          # `after_step` comes all the same
-    def made_progress(self): return self.fit_state.steps//self.every > self.fit_state.taken_at//self.every
+    def made_progress(self): return self.fit_state.steps-self.fit_state.taken_at>=self.every
 
     def why_worse(self): return 'It lags behind weights that still get better: a smaller half_life follows faster.'
     def drawn_cycles(self): return Cycles(0, (), self.fit_state.cycles.n_iter)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/27_model_average.ipynb #91d5d7c0
+# %% ../nbs/27_model_average.ipynb #ac18a122
 import io
 from contextlib import contextmanager
 from copy import deepcopy
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from .learner import measure_bn, trained_layers
 from .params import own_name, unwrap
 from .utils import is_int, is_num, uninterrupted
 
-# %% ../nbs/27_model_average.ipynb #b1dea60c
+# %% ../nbs/27_model_average.ipynb #93fb8c2f
 def copy_module(model):
     "A copy; what refuses to be copied, as it keeps tensors of its last forward pass, may still be written and read"
     try: return deepcopy(model)
@@ -31,6 +32,8 @@ def copy_module(model):
             file.seek(0)
             return torch.load(file, weights_only=False)                # written a moment ago, by us
         except Exception: raise e from None
+
+_in_models = WeakKeyDictionary()      # model -> weak reference to the average that was put into it last
 
 class ModelAverage:
     """An average of a model: of its weights, with the BatchNorm statistics that belong to them.
@@ -86,12 +89,21 @@ class ModelAverage:
         with uninterrupted(patience=1), self.weights.swapped(unwrap(learn.model)):
             with self._measured(learn, n_batches, measure_bn, inner).swapped(): yield
 
+    def check_alone(self):
+        "RuntimeError where the model holds another average now: its weights would be taken for those of the fit"
+        other = _in_models.get(self.model, lambda: None)()
+        if other not in (None,self) and other.applied and other.weights.is_applied():
+            raise RuntimeError('the model holds the average of another callback: take that out first, with its '
+                               'restore(learn), such as swa.restore(learn)')
+
     def apply(self, model):
         "Put weights and statistics in, for good; they have to be measured"
+        self.check_alone()
         with uninterrupted():
             if not self.applied: self.replaced = BNStats(self.stats.layers)
             self.weights.apply(model)
             self.stats.install()
+            _in_models[self.model] = ref(self)
 
     def restore(self, model, force=False):
         "Take both out again"
@@ -128,7 +140,7 @@ class ModelAverage:
         bn = None if stats is None else dict(zip(names(stats.layers), zip(stats.means, stats.vars)))
         return dict(self.weights.state_dict(), bn=bn, layers=None if self.layers is None else names(self.layers))
 
-# %% ../nbs/27_model_average.ipynb #37844d3e
+# %% ../nbs/27_model_average.ipynb #f08e866c
 def _check_saved_stats(bn, wrong):
     if not isinstance(bn, dict): wrong('its BatchNorm statistics are no dict')
     for k,o in bn.items():

@@ -4,7 +4,7 @@ import math, sys, time, tracemalloc
 import pytest, torch
 from common import *
 from fastswa.callback import SWA
-from fastswa.cycle import FitState
+from fastswa.cycle import FineTunePhase, FitState
 from fastswa.schedule import Cycles, swa_cycles
 
 learner = partial(learner, n=50, bs=10, n_valid=20)   # five batches in an epoch
@@ -210,3 +210,21 @@ def test_streams_whose_length_is_wrong(says, recwarn):
 def test_streams_without_a_length(make, method):
     l = streaming(make())
     with pytest.raises(TypeError, match='length'): fit(l, 2, **dict(cbs=SWA()) if method=='fit' else {}, method=method)
+
+# ---- the two fits of fine_tune
+
+def test_what_looks_like_a_fit_within_fine_tune_does_not_begin_the_second():
+    "`validate` in the frozen part, and events outside of the lock, as `tta` has them"
+    class Look(Callback):
+        order,seen = -50,[]
+        def before_epoch(self):
+            if self.learn.lock.locked() or not self.learn.opt.frozen_idx: return
+            with self.learn.no_bar(), self.learn.no_logging(): self.learn.validate()
+            for event in 'before_fit','before_epoch','after_epoch','after_fit':
+                for cb in self.learn._grab_cbs(FineTunePhase)+self.learn._grab_cbs(SWA): cb(event)
+            for cb in self.learn._grab_cbs(SWA): cb('before_fit')
+        def after_train(self):
+            if self.learn.opt.frozen_idx: self.seen.append(swa.n_averaged)
+    l,swa,look = learner(splitter=two_groups),SWA(start=0),Look()
+    with quiet(l): l.fine_tune(2, freeze_epochs=3, cbs=[swa, look])
+    assert look.seen==[0,0,0] and swa.collected==list(range(1,11))
