@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/29_compare.ipynb #a96cb28f
+# %% ../nbs/29_compare.ipynb #9a8f9843
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .model_average import ModelAverage
 from .params import unwrap
 from .utils import uninterrupted
 
-# %% ../nbs/29_compare.ipynb #183d144b
+# %% ../nbs/29_compare.ipynb #e77d02c3
 def compare_average(
     average:ModelAverage, # With at least one snapshot
     learn:Learner, # Whose model it is made for
@@ -58,7 +58,7 @@ def compare_average(
     index = ['last weights', 'last weights, statistics measured', 'average']
     return pd.DataFrame(rows, columns=['loss', *(m.name for m in metrics)], index=index)
 
-# %% ../nbs/29_compare.ipynb #27e8ecf5
+# %% ../nbs/29_compare.ipynb #72978d2f
 def _worker_owner(dl): return getattr(dl, 'fake_l', dl)     # fastai's loaders leave their workers to one of torch's
 
 def _n_items(dl):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMA']
 
-# %% ../nbs/35_ema.ipynb #a89a5854
+# %% ../nbs/35_ema.ipynb #976bb3ca
 from fastcore.meta import delegates
 
 from .average import WeightAverage
@@ -13,7 +13,7 @@ from .callback import AverageCallback
 from .schedule import Cycles, check_cycles, iters_before
 from .utils import check_count, check_number, plain_number, with_parameters
 
-# %% ../nbs/35_ema.ipynb #7147bf02
+# %% ../nbs/35_ema.ipynb #e27f99c2
 class EMAverage(WeightAverage):
     "Exponential moving average: each update leaves `decay` of what was there, with `warmup` less in the beginning"
     def __init__(self, model, warmup=True, decay=.999):
@@ -23,7 +23,7 @@ class EMAverage(WeightAverage):
     def step_size(self):
         return max(1-self.decay, 1/(self.n+1)) if self.warmup or not self.n else 1-self.decay
 
-# %% ../nbs/35_ema.ipynb #330877ee
+# %% ../nbs/35_ema.ipynb #6b3b1700
 @with_parameters
 class EMA(AverageCallback):
     """Exponential moving average: after the fit `learn.model` predicts with an average in which the last steps count

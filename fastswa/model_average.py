@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/27_model_average.ipynb #ac18a122
+# %% ../nbs/27_model_average.ipynb #589381eb
 import io
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,7 +21,7 @@ from .learner import measure_bn, trained_layers
 from .params import own_name, unwrap
 from .utils import is_int, is_num, uninterrupted
 
-# %% ../nbs/27_model_average.ipynb #93fb8c2f
+# %% ../nbs/27_model_average.ipynb #31c782f1
 def copy_module(model):
     "A copy; what refuses to be copied, as it keeps tensors of its last forward pass, may still be written and read"
     try: return deepcopy(model)
@@ -140,7 +140,7 @@ class ModelAverage:
         bn = None if stats is None else dict(zip(names(stats.layers), zip(stats.means, stats.vars)))
         return dict(self.weights.state_dict(), bn=bn, layers=None if self.layers is None else names(self.layers))
 
-# %% ../nbs/27_model_average.ipynb #f08e866c
+# %% ../nbs/27_model_average.ipynb #ac3621f6
 def _check_saved_stats(bn, wrong):
     if not isinstance(bn, dict): wrong('its BatchNorm statistics are no dict')
     for k,o in bn.items():
