@@ -139,8 +139,7 @@ class HoldsAverage(CycleCallback):
         """Put the average into `learn.model`, BatchNorm statistics included (measured now if they are not known: in a
         distributed run by all processes together, so each has to call this).
 
-        Raises TypeError without a learner, RuntimeError if nothing has been averaged, the average is gone, or the model
-        holds that of another callback."""
+        Raises TypeError without a learner, RuntimeError if nothing has been averaged or the average is gone."""
         model = self._require_average(learn, 'apply')
         self._average.measure(learn, self.bn_batches, measure_bn_within_memory, inner)
         self._average.apply(model)
@@ -168,7 +167,7 @@ class HoldsAverage(CycleCallback):
 
         Everything is as it was afterwards, random streams included. Costs three passes over the validation data, and
         one over the training data where there is BatchNorm. Raises TypeError without a learner, RuntimeError if
-        nothing has been averaged or the model was trained on."""
+        nothing has been averaged, the model was trained on, or it holds the average of another callback."""
         self._require_average(learn, 'compare')
         return compare_average(self._average, learn, dl, self.bn_batches, inner, self.prefix)
 

@@ -90,7 +90,7 @@ class ModelAverage:
             with self._measured(learn, n_batches, measure_bn, inner).swapped(): yield
 
     def check_alone(self):
-        "RuntimeError where the model holds another average now: its weights would be taken for those of the fit"
+        "RuntimeError where the model holds another average now, whose weights would be taken for those of the fit"
         other = _in_models.get(self.model, lambda: None)()
         if other not in (None,self) and other.applied and other.weights.is_applied():
             raise RuntimeError('the model holds the average of another callback: take that out first, with its '
@@ -98,7 +98,6 @@ class ModelAverage:
 
     def apply(self, model):
         "Put weights and statistics in, for good; they have to be measured"
-        self.check_alone()
         with uninterrupted():
             if not self.applied: self.replaced = BNStats(self.stats.layers)
             self.weights.apply(model)
