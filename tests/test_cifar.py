@@ -1,5 +1,5 @@
 "The authors' experiment: recipes, networks, data, steps, checkpoints and the command line; on a few made-up pictures with cut-down networks"
-import json,os,random,signal,subprocess,sys,tarfile
+import json,multiprocessing,os,random,signal,subprocess,sys,tarfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -363,18 +363,22 @@ def test_killed_while_writing(job, name, n, how, kept, pixels, tmp_path, whole, 
     assert n_rows(job, tmp_path)==kept
     check_same(job, go(job, pixels, tmp_path), tmp_path, whole)
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def go_until_killed(job, pixels, out, threads):
+    "In a process of its own, with as many threads, as a fork would have none but one"
+    torch.set_num_threads(threads)
+    cifar._write_json = Power(cifar._write_json, 4, 'before')
+    try: go(job, pixels, out)
+    except KeyboardInterrupt: os.kill(os.getpid(), signal.SIGKILL)
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='needs SIGKILL')
 def test_kill_9(pixels, tmp_path, whole):
     "A real one, between the two files and the history of epoch 4"
     job = jobs[0]
-    pid = os.fork()                      # conftest.py leaves torch one thread, so nothing is lost in the child
-    if not pid:
-        signal.alarm(60)
-        cifar._write_json = Power(cifar._write_json, 4, 'before')
-        try: go(job, pixels, tmp_path)
-        except KeyboardInterrupt: os.kill(os.getpid(), signal.SIGKILL)
-        finally: os._exit(1)
-    assert os.waitpid(pid, 0)[1]==signal.SIGKILL
+    child = multiprocessing.get_context('spawn').Process(target=go_until_killed, args=(job, pixels, tmp_path, torch.get_num_threads()))
+    child.start()
+    child.join(120)
+    child.kill()                         # should it hang
+    assert child.exitcode==-signal.SIGKILL
     assert len(read_history(tmp_path/job.name)['rows'])==3 and {'after-3.pth','after-3.swa','after-4.pth','after-4.swa'}<={o.name for o in (tmp_path/job.name).iterdir()}
     check_same(job, go(job, pixels, tmp_path), tmp_path, whole)
 
