@@ -288,6 +288,11 @@ def check_average_args(eval_every, bn_batches, save_to, check, install):
         if not isinstance(v, bool): raise TypeError(f'{k}={v!r}: give True or False')
     return eval_every,bn_batches
 
+def unknown_params(cb, names):
+    "What to say of parameters that `cb` does not have"
+    given,own = ', '.join(f'{k}=...' for k in names),', '.join(inspect.signature(type(cb)).parameters)
+    return f"{type(cb).__name__}({given}): {'; '.join(map(cb.unknown_param, names))}. It takes {own}"
+
 def check_one_is_installed(learn):
     "ValueError where two averages would be put into the model"
     cbs = [cb for cb in learn.cbs if isinstance(cb, AverageCallback) and cb.install]
@@ -354,7 +359,7 @@ class AverageCallback(SavesAverage):
         **other, # Nothing: what other libraries call their parameters is answered with the name it has here
     ):
         super().__init__()
-        if other: raise TypeError(self.unknown(other))
+        if other: raise TypeError(unknown_params(self, other))
         self.eval_every,self.bn_batches = check_average_args(eval_every, bn_batches, save_to, check, install)
         self.save_to,self.check,self.install = save_to,check,install
 
@@ -362,9 +367,9 @@ class AverageCallback(SavesAverage):
 
     def verb(self): return 'averaged'
 
-    def unknown(self, names)->str:
-        "What to say of parameters that it does not have"
-        return f"{type(self).__name__}({', '.join(f'{k}=...' for k in names)}): it has no such parameter"
+    def unknown_param(self, name)->str:
+        "What to say of a parameter that it does not have"
+        return f'it has no parameter {name}'
 
     def why_worse(self)->str:
         "The likely reason why the average is worse than the last weights, and what to change"
@@ -382,7 +387,7 @@ class AverageCallback(SavesAverage):
         self._columns.run_trackers(not frozen)                      # a fit that was interrupted may have left them off
         if not frozen: self._columns.check_trackers()
 
-    def check_rates(self, n_groups): self.check_place()
+    def check_fit(self, n_groups): self.check_place()
     def training_begins(self): warn_of_other_params(self)
 
     def resume_or_reset(self, model, previous):
@@ -504,16 +509,6 @@ _done_anyway = dict(
     anneal_epochs='the rate is held at once; learn.fit_swa comes down to it in a line',
     annealing_epochs='the rate is held at once; learn.fit_swa comes down to it in a line')
 
-def unknown_params(cls, names):
-    "What to say of parameters that `cls` does not have"
-    def one(k):
-        if k in _elsewhere: return f'{k} of other libraries is {_elsewhere[k]} here'
-        if k in _done_anyway: return f'{k} is not needed here: {_done_anyway[k]}'
-        return f'it has no parameter {k}'
-    given = ', '.join(f'{k}=...' for k in names)
-    own = [o for o in inspect.signature(cls).parameters if o not in ('other','kwargs')]
-    return f"{cls.__name__}({given}): {'; '.join(map(one, names))}. It takes {', '.join(own)}"
-
 def check_swa_args(start, swa_lr, cycle_len, swa_lr_max, sched):
     "TypeError or ValueError, with what to type instead, for what no fit could use"
     check_cycles(start, cycle_len)
@@ -579,7 +574,11 @@ class SWA(AverageCallback):
         "A copy of the model with the average in it, in evaluation mode; made anew each time. Errors: `averaged_model`"
         return self.averaged_model
 
-    def unknown(self, names): return unknown_params(SWA, names)
+    def unknown_param(self, name):
+        if name in _elsewhere: return f'{name} of other libraries is {_elsewhere[name]} here'
+        if name in _done_anyway: return f'{name} is not needed here: {_done_anyway[name]}'
+        return super().unknown_param(name)
+
     def why_worse(self): return why_worse(self.learn, self.fit_state)
     def plateau_hint(self): return ': use SWA(swa_lr=False) to leave it in charge'
     def draw_hint(self): return ': see plot_swa_sched for a picture of a fit to come'
@@ -592,8 +591,8 @@ class SWA(AverageCallback):
         ends = self.lr_leader.plan(n_epoch, n_iter).ends
         return Cycles(own.begin, tuple(o for o in ends if o>own.begin), n_iter)
 
-    def check_rates(self, n_groups):
-        super().check_rates(n_groups)
+    def check_fit(self, n_groups):
+        super().check_fit(n_groups)
         if self.swa_lr is False: return
         end,begin = (group_lrs(getattr(self, o), [1.]*n_groups, o) for o in ('swa_lr','swa_lr_max'))
         if self.swa_lr is not None and self.swa_lr_max is not None:

@@ -253,7 +253,7 @@ class CycleHooks(CallbackWithHelpers):
         "When weights are taken in a fit of so many epochs and iterations in each. ValueError where that cannot be"
         raise NotImplementedError(f'{type(self).__name__} has no plan(n_epoch, n_iter)')
 
-    def check_rates(self, n_groups): "ValueError for learning rates that do not suit so many parameter groups"
+    def check_fit(self, n_groups): "ValueError for what does not suit this fit, with so many parameter groups"
 
     def plateau_hint(self)->str:
         "What to type where `ReduceLROnPlateau` is to set the learning rate"
@@ -379,7 +379,7 @@ class CycleCallback(CycleHooks):
         learn,state,previous = self.learn,self._coming,self.fit_state
         n_iter = epoch_length(learn.dls.train)
         state.cycles = self.plan(learn.n_epoch, n_iter)
-        self.check_rates(len(learn.opt.hypers))
+        self.check_fit(len(learn.opt.hypers))
         self.fit_state,state.done = state,state.epoch*n_iter
         try: self.resume_or_reset(unwrap(learn.model), previous)
         except BaseException:

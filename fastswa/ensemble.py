@@ -243,7 +243,7 @@ class SnapshotEnsemble(Ensemble):
 
     def sets_lr(self, others): return True
     def plan(self, n_epoch, n_iter): return snapshot_cycles(n_epoch, n_iter, self.n_cycles)
-    def check_rates(self, n_groups): group_lrs(self.lr_max, [1.]*n_groups, 'lr_max')
+    def check_fit(self, n_groups): group_lrs(self.lr_max, [1.]*n_groups, 'lr_max')
 
     def training_begins(self):
         ends = self.fit_state.cycles.ends
@@ -310,7 +310,7 @@ class FGE(Ensemble):
         if self.lr_leader is not None: return self.lr_leader.plan(n_epoch, n_iter)
         return fge_cycles(n_epoch, n_iter, .8 if self.start is None else self.start, self.cycle_len)
 
-    def check_rates(self, n_groups):
+    def check_fit(self, n_groups):
         hi,lo = (group_lrs(o, [1.]*n_groups, k) for o,k in ((self.lr_max,'lr_max'), (self.lr_min,'lr_min')))
         if self.lr_max is not None and self.lr_min is not None:
             _check_falling(self.lr_max, self.lr_min, (hi<lo).any())

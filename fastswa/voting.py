@@ -24,7 +24,7 @@ from .learner import cancel_exceptions, isolated_pass, pass_bar, run_pass
 from .loader import preserve_rng
 from .members import swapped_state
 from .params import unwrap
-from .utils import check_count, is_int, plain_number, uninterrupted
+from .utils import check_count, is_int, uninterrupted
 
 # %% ../nbs/39_voting.ipynb #e3258664
 _softmax,_sigmoid = partial(F.softmax, dim=1),torch.sigmoid
@@ -238,8 +238,7 @@ class Committee:
 
     def _vote(self, learn, dl, go, act=None, last=None, inner=False, **kwargs):
         "`vote` with the last `last` members"
-        last = plain_number(last)
-        check_count(last, 'last', 'members')
+        last = check_count(last, 'last', 'members')
         if (last or 0)>self.n_members: raise ValueError(f'last={last}: there are {self.n_members} members')
         first = self.n_members-(last or self.n_members)
         states = [self.store[k]['state'] for k in range(first, self.n_members)]

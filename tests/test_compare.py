@@ -6,6 +6,7 @@ from common import *
 from fastswa import callback
 from fastswa.callback import SWA
 from fastswa.compare import FairCheck
+from fastswa.ema import EMA
 
 def worse(f):
     "The warnings that the average is worse"
@@ -213,6 +214,11 @@ def test_the_check_starts_no_workers_and_has_four_batches(monkeypatch):
     l = odd_learner(FastaiDataLoader(train, bs=50, num_workers=1), FastaiDataLoader(valid, bs=300, num_workers=1))
     assert not told(lambda: fit(l, 6, cbs=[SWA(), Over()]), 'check')
     assert [len(o) for o in seen]==[4,4] and [o.fake_l.num_workers for o in l.dls]==[1,1]
+
+def test_an_ema_that_lags_says_what_follows_faster():
+    l,ema,f = walk([4., 2.], swa=EMA(.9, start=.75))
+    ws = [str(w.message) for w in worse(f)]
+    assert len(ws)==1 and 'smaller half_life' in ws[0] and 'ema.restore(learn)' in ws[0] and 'ema.compare(learn)' in ws[0]
 
 def test_a_saw_tooth_is_no_annealing():
     l,swa,f = walk([4., 2.], swa=SWA(swa_lr=1e-3, swa_lr_max=.1))

@@ -316,3 +316,11 @@ def test_an_average_that_was_loaded_and_put_in_is_saved_as_it_was(saved, tmp_pat
     swa.save(tmp_path/'b')
     a,b = (torch.load(tmp_path/o, weights_only=True) for o in 'ab')
     assert all(a[k]==b[k] for k in ('n','done','peaks','moms','collected','layers')) and same(a['average'], b['average'])
+
+def test_a_place_that_cannot_be_written_costs_no_earlier_average(tmp_path):
+    l,swa = learner(),SWA()
+    fit(l, 4, cbs=swa)
+    swa.restore(l)
+    n,swa.save_to = swa.n_averaged,tmp_path
+    with pytest.raises(ValueError, match='cannot be written'): fit(l, 4, cbs=swa)
+    assert swa.n_averaged==n>0
