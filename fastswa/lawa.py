@@ -45,8 +45,9 @@ class WindowAverage(WeightAverage):
         if saved and len(saved)==k<self.k:
             raise ValueError(f'the saved window has the last {k} snapshots, k={self.k} needs earlier ones: use k={k}')
         saved = [(place, read_mean(dict(n=1, average=o), self.params)[1]) for place,o in saved[-self.k:]]
-        super().load_state_dict(state)
-        self.window = [(place, [a.clone().copy_(o) for a,o in zip(self.shadow.tensors, ws)]) for place,ws in saved]
+        with uninterrupted():
+            super().load_state_dict(state)
+            self.window = [(place, [o.to(a) for a,o in zip(self.shadow.tensors, ws)]) for place,ws in saved]
 
 # %% ../nbs/36_lawa.ipynb #ca4b0506
 @with_parameters

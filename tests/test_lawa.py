@@ -1,5 +1,5 @@
 "LAWA: its window by hand, where its snapshots lie, what goes on with the same window, and the promises it shares with the others"
-import math
+import math, signal
 from copy import deepcopy
 
 import pytest, torch
@@ -86,14 +86,17 @@ def test_to_the_rounding_of_float32_whatever_the_weights_are(dtype):
 def test_another_model_of_the_same_architecture():
     m,other = net(),net()
     half,a,b,c = deepcopy(m).bfloat16(),*(WindowAverage(m, 3) for _ in range(3))
+    d = WindowAverage(half, 3)
     for w in walk(other, 5):
         m.load_state_dict(other.state_dict())
         half.load_state_dict(other.state_dict())
         a.update(m)
         b.update(other)
         c.update(half)
+        d.update(other)
         nn.init.zeros_(m[0].weight)              # what is taken is a copy
     assert same(a.average, b.average) and not same(a.average, c.average)
+    assert same(a.average, d.average)            # of a half-precision model, and nothing of another is rounded
     assert_close(a.average, [o.double() for o in c.average], 2e-2)
     with pytest.raises(ValueError, match='architecture'): a.update(plain_net())
     assert a.n==3
@@ -125,6 +128,29 @@ def test_a_model_that_has_become_another_type_goes_on():
             ws.append(w)
             avg.update(m)
             assert_close(avg.average, by_hand(ws, 3))
+
+@pytest.mark.parametrize('what,at', [('update',1), ('update',2), ('update',4), ('load_state_dict',3), ('load_state_dict',11)])
+def test_interrupted_in_the_middle(what, at):
+    "Ctrl-C while the mean is made anew, or read: mean, window and count agree afterwards"
+    m,ws = net(),[]
+    avg,other = WindowAverage(m, 3),WindowAverage(m, 3)
+    for i,w in enumerate(walk(m, 5)):
+        ws.append(w)
+        other.update(m)
+        if i<4: avg.update(m)
+    calls,lerp,tensors = [],avg.shadow.lerp,avg.shadow.tensors
+    def ctrl_c(o):
+        calls.append(1)
+        if len(calls)==at: signal.raise_signal(signal.SIGINT)
+        return o
+    class Slow(list):
+        def __iter__(self): return map(ctrl_c, tensors)
+    if what=='update': avg.shadow.lerp = lambda *args: lerp(*ctrl_c(args))
+    else: avg.shadow.tensors = Slow(tensors)
+    with pytest.raises(KeyboardInterrupt): getattr(avg, what)(m if what=='update' else other.state_dict())
+    avg.shadow.lerp,avg.shadow.tensors = lerp,tensors
+    assert len(calls)>3 and avg.n==3 and same(avg.average, other.average)
+    assert all(same(a,b) for (_,a),(_,b) in zip(avg.window, other.window, strict=True))
 
 # ---- its state
 
@@ -216,10 +242,10 @@ def test_mean_of_the_last_of_a_fit(n_epoch, kw):
     assert lawa.collected==[*its] and lawa.n_averaged==len(its) and its[-1]==5*n_epoch
     assert_close(l.model, spy.mean(its))
 
-@pytest.mark.parametrize('cb,ends', [(lambda: SWA(cycle_len=2),[5,10,15,20,25,30,40]), (lambda: SWA(cycle_len=2, swa_lr=False),range(5,41,5)),
-    (lambda: SnapshotEnsemble(4),[10,20,30,40]), (lambda: FGE(.5, cycle_len=1),[5,10,15,20,24,28,32,36,40])])
-def test_beside_those_who_set_cycles(cb, ends):
-    l,spy,cb,lawa = learner(),Spy(),cb(),LAWA(2, install=False)
+@pytest.mark.parametrize('cb,ends,kw', [(lambda: SWA(cycle_len=2),[5,10,15,20,25,30,40],{}), (lambda: SWA(cycle_len=2, swa_lr=False),range(5,41,5),{}),
+    (lambda: SnapshotEnsemble(4),[10,20,30,40],{}), (lambda: SnapshotEnsemble(4),[30,40],dict(start=.5)), (lambda: FGE(.5, cycle_len=1),[5,10,15,20,24,28,32,36,40],{})])
+def test_beside_those_who_set_cycles(cb, ends, kw):
+    l,spy,cb,lawa = learner(),Spy(),cb(),LAWA(2, install=False, **kw)
     fit(l, 8, cbs=[cb, lawa, spy])
     ends = [*ends]
     assert [*lawa.fit_state.cycles.ends]==ends
