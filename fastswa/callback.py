@@ -42,7 +42,7 @@ class AverageColumns:
     ):
         self.cb,self.prefix,self.names = cb,column_prefix(cb),[]
         self.value_now = False      # whether the epoch at hand has values
-        self.best = {}              # SaveModelCallback -> number of snapshots in the best average so far
+        self.best = {}              # SaveModelCallback -> snapshots in the best average so far: how many, and which
 
     @property
     def learn(self): return self.cb.learn
@@ -86,7 +86,7 @@ class AverageColumns:
             if not is_saver or not (self.value_now or o.every_epoch): continue
             if n:
                 with swapped(): o.after_epoch()
-            if getattr(o, 'new_best', False): self.best[o] = n
+            if getattr(o, 'new_best', False): self.best[o] = n,list(self.cb.collected)
         self.value_now = False
 
 # %% ../nbs/30_callback.ipynb #ca510c2d
@@ -449,7 +449,7 @@ class AverageCallback(SavesAverage):
         if worse is not None: warn_of_worse(self, self._average.layers, *worse)
 
     def last_of_all(self):
-        avg,best,collected = self._average,self._columns.best,self.collected
+        avg,best = self._average,self._columns.best
         if not self.n_averaged or avg.stats is None: return
         if self.install: avg.apply(unwrap(self.learn.model))
         for cb in self._columns.trackers(SaveModelCallback):
@@ -457,8 +457,8 @@ class AverageCallback(SavesAverage):
                 with self._swapped(): cb.after_fit()                # saves the average
             elif cb in best and self.install:
                 cb.after_fit()                                      # loads the best average
-                avg.rebase(best[cb])
-                self.collected = collected[:best[cb]]
+                n,self.collected = best[cb]
+                avg.rebase(n)
 
 # %% ../nbs/30_callback.ipynb #5debd4b4
 def warn_of_annealing(swa):
