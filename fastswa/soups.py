@@ -63,7 +63,7 @@ def average_files(
     files:list, # Two or more, each by its path or as for `learn.load`
     learn:Learner, # Of the files' architecture; its model becomes the mean
     greedy:bool=False, # From the best file on only those with which the validation loss gets no worse. False: all
-    barrier:float=.5, # Share of the files' loss by which it may rise between two, if not `greedy`. None: any
+    barrier:float=.1, # Share of the files' loss by which it may rise between two, if not `greedy`. None: any
     n_train:int=2000, # Training items for the statistics and losses of the table, in whole batches. None: all
     n_valid:int=2000, # Validation items for those losses. None: all
 )->pd.DataFrame: # A row each: file, its own loss, loss barrier from the first, loss of the soup with it, taken or not
