@@ -49,7 +49,9 @@ def by_hand(states, k): return torch.stack([o[k].double() for o in states]).mean
 def test_uniform_is_the_mean(tmp_path, model):
     l,files,states = three(tmp_path, model(), bs=200)          # one batch: the table joins small ones
     opt = [p.clone() for p in l.opt.state[next(iter(l.model.parameters()))].values() if isinstance(p, torch.Tensor)]
+    ints = {k:v.clone() for k,v in l.model.named_buffers() if not v.is_floating_point()}
     df = soup(l, files, barrier=None, n_train=None, n_valid=None)
+    assert all(torch.equal(v, l.model.get_buffer(k)) for k,v in ints.items())      # other buffers are the model's own
     for k,p in l.model.named_parameters(): torch.testing.assert_close(p.double(), by_hand(states, k), atol=1e-7, rtol=1e-6)
     assert df.columns.tolist()==['file','loss','soup','taken'] and df.taken.all() and df.file.tolist()==['model_0','with_opt','plain']
     assert df.soup[0]==df.loss[0]
