@@ -206,7 +206,7 @@ def test_errors(tmp_path):
     def refused(msg, files, exc=ValueError, **kw):
         with pytest.raises(exc, match=msg): soup(l, files, **kw)
         assert w_of(l)==0
-    refused(r"files=\['a'\]: give two or more", 'a')
+    refused(r"files=\['model'\]: give two or more", 'model')
     refused('give two or more', [a])
     refused('no such file: neither', [a,'nothing'])
     refused('barrier=-1: give a finite number, 0 or more', [a,b], barrier=-1)
