@@ -115,6 +115,23 @@ def preserve_rng(
                     if getattr(o,'_iterator',None) is not None: o._iterator = None
             yield
 
+# %% ../nbs/12_loader.ipynb #69e8166a
+@contextmanager
+def seeded(
+    dl, # A DataLoader (fastai's or torch's)
+    seed:int, # Where its random streams, and the global ones, begin
+):
+    "Inside the block `dl` draws the same order each time; `preserve_rng` says what is after it as it was before"
+    with preserve_rng(dl):
+        random.seed(seed)
+        np.random.seed(seed%2**32)
+        # as long as CUDA is not in use torch would remember a seed for it
+        (torch if torch.cuda.is_initialized() else torch.default_generator).manual_seed(seed)
+        for v in (v for o in stateful_loaders(dl) for v in vars(o).values()):
+            if isinstance(v, random.Random): v.seed(seed)
+            elif isinstance(v, torch.Generator): v.manual_seed(seed)
+        yield
+
 # %% ../nbs/12_loader.ipynb #009da392
 def batch_size(dl)->int:
     "Items in a batch of `dl`, 0 if it does not say"
