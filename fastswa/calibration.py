@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nll', 'ece', 'plot_reliability']
 
-# %% ../nbs/44_calibration.ipynb #aa9d81d4
+# %% ../nbs/44_calibration.ipynb #3121ce30
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ import torch
 
 from .utils import check_count
 
-# %% ../nbs/44_calibration.ipynb #a3041a64
+# %% ../nbs/44_calibration.ipynb #31211d98
 def _array(o): return np.asarray(o.detach().cpu().float() if isinstance(o, torch.Tensor) else o, dtype=np.float64)
 
 def read_probs(
@@ -47,7 +47,7 @@ def bin_confidence(
     n,sums,hits = (np.bincount(k, w, n_bins) for w in (None, conf, p.argmax(1)==t))
     return sums[n>0]/n[n>0],hits[n>0]/n[n>0],n[n>0]
 
-# %% ../nbs/44_calibration.ipynb #016abb01
+# %% ../nbs/44_calibration.ipynb #e1170f57
 def nll(
     preds, # Probabilities, (N, classes), or of the second of two classes, (N,): tensor or array
     targs, # Labels, (N,)

@@ -115,7 +115,7 @@ def preserve_rng(
                     if getattr(o,'_iterator',None) is not None: o._iterator = None
             yield
 
-# %% ../nbs/12_loader.ipynb #69e8166a
+# %% ../nbs/12_loader.ipynb #a4c7dcf9
 @contextmanager
 def seeded(
     dl, # A DataLoader (fastai's or torch's)
