@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nll', 'ece', 'plot_reliability']
 
-# %% ../nbs/44_calibration.ipynb #9ae8818a
+# %% ../nbs/44_calibration.ipynb #ef27d4ff
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ import torch
 
 from .utils import check_count
 
-# %% ../nbs/44_calibration.ipynb #66b4e937
+# %% ../nbs/44_calibration.ipynb #d1bb79b7
 def _array(o): return np.asarray(o.detach().cpu().float() if isinstance(o, torch.Tensor) else o, dtype=np.float64)
 
 def read_probs(
@@ -47,7 +47,7 @@ def bin_confidence(
     n,sums,hits = (np.bincount(k, w, n_bins) for w in (None, conf, p.argmax(1)==t))
     return sums[n>0]/n[n>0],hits[n>0]/n[n>0],n[n>0]
 
-# %% ../nbs/44_calibration.ipynb #43b045bc
+# %% ../nbs/44_calibration.ipynb #6d86c79b
 def nll(
     preds, # Probabilities, (N, classes), or of the second of two classes, (N,): tensor or array
     targs, # Labels, (N,)

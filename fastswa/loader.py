@@ -115,7 +115,7 @@ def preserve_rng(
                     if getattr(o,'_iterator',None) is not None: o._iterator = None
             yield
 
-# %% ../nbs/12_loader.ipynb #f3e893a9
+# %% ../nbs/12_loader.ipynb #f44985e5
 def _begin(v, seed):
     "Have the random stream `v` begin at `seed`, where it is one"
     if isinstance(v, np.random.Generator): v.bit_generator.state = type(v.bit_generator)(seed).state

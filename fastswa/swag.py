@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SWAG']
 
-# %% ../nbs/45_swag.ipynb #a1f8f321
+# %% ../nbs/45_swag.ipynb #a9a12a4c
 import random, secrets
 
 import torch
@@ -26,7 +26,7 @@ from .tensors import zeros_like
 from .utils import check_count, check_number, is_int, uninterrupted, with_parameters
 from .voting import Committee
 
-# %% ../nbs/45_swag.ipynb #a514d7c1
+# %% ../nbs/45_swag.ipynb #e065f33c
 class SWAGAverage(WeightAverage):
     "The mean of the weights, the variance of each and the last `K` deviations: K+2 sets, in float32 or better"
     def __init__(self, model, K=20):
@@ -75,7 +75,7 @@ class SWAGAverage(WeightAverage):
         spread = [[v.to(m, copy=True) for v,m in zip(o, self.shadow.tensors)] for o in spread]
         self.var,self.devs = (spread or [zeros_like(self.params.tensors)])[0],spread[1:][-self.K:]
 
-# %% ../nbs/45_swag.ipynb #61899c20
+# %% ../nbs/45_swag.ipynb #81c2e401
 class Samples(Committee):
     "Networks drawn from a SWAG: `samples[k]`, parameters and buffers by name, is made when it is asked for"
     def __init__(self, swag, learn, n, seed, exact):
@@ -108,7 +108,7 @@ class Samples(Committee):
         self.store = self.store[first:]
         return self
 
-# %% ../nbs/45_swag.ipynb #bc2a91af
+# %% ../nbs/45_swag.ipynb #0b001b62
 @with_parameters
 class SWAG(SWA):
     """`SWA` that knows how far the walk went around its mean: networks can be drawn from that Gaussian after the fit,
