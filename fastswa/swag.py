@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SWAG']
 
-# %% ../nbs/45_swag.ipynb #a9a12a4c
+# %% ../nbs/45_swag.ipynb #c97b72e6
 import random, secrets
 
 import torch
@@ -26,7 +26,7 @@ from .tensors import zeros_like
 from .utils import check_count, check_number, is_int, uninterrupted, with_parameters
 from .voting import Committee
 
-# %% ../nbs/45_swag.ipynb #e065f33c
+# %% ../nbs/45_swag.ipynb #d254d6e8
 class SWAGAverage(WeightAverage):
     "The mean of the weights, the variance of each and the last `K` deviations: K+2 sets, in float32 or better"
     def __init__(self, model, K=20):
@@ -75,7 +75,7 @@ class SWAGAverage(WeightAverage):
         spread = [[v.to(m, copy=True) for v,m in zip(o, self.shadow.tensors)] for o in spread]
         self.var,self.devs = (spread or [zeros_like(self.params.tensors)])[0],spread[1:][-self.K:]
 
-# %% ../nbs/45_swag.ipynb #81c2e401
+# %% ../nbs/45_swag.ipynb #460e4b82
 class Samples(Committee):
     "Networks drawn from a SWAG: `samples[k]`, parameters and buffers by name, is made when it is asked for"
     def __init__(self, swag, learn, n, seed, exact):
@@ -108,7 +108,7 @@ class Samples(Committee):
         self.store = self.store[first:]
         return self
 
-# %% ../nbs/45_swag.ipynb #0b001b62
+# %% ../nbs/45_swag.ipynb #23a5c283
 @with_parameters
 class SWAG(SWA):
     """`SWA` that knows how far the walk went around its mean: networks can be drawn from that Gaussian after the fit,
@@ -125,9 +125,12 @@ class SWAG(SWA):
     def __init__(self,
         K:int=20, # Last deviations from the mean to keep, the rank of their part of the covariance; 1 or more
         scale:float=1., # Factor of the samples' variance, 0 or more. 1: the paper's equation 1; its code calls that .5
+        start:float=.75, # When averaging begins. float in [0,1): share of the fit. int: epochs before it
         **kwargs, # As in `SWA`
     ):
-        super().__init__(**kwargs)
+        if isinstance(start, str) and start=='auto':
+            raise ValueError("start='auto' chooses among means, and SWAG is of one walk: give a share, such as .75")
+        super().__init__(start, **kwargs)
         self.K,self.scale = check_count(K, 'K', 'deviations', none=False),check_number(scale, 'scale', 0)
 
     def make_average(self, model): return SWAGAverage(model, self.K)

@@ -449,7 +449,7 @@ def test_the_best_average_is_what_samples_are_drawn_around(tmp_path):
 # ---- arguments
 
 @pytest.mark.parametrize('kw,exc,match', [(dict(K=0),ValueError,'K=0: give a positive number of deviations'), (dict(K=1.5),TypeError,'K=1.5'), (dict(scale=-1),ValueError,'scale'),
-    (dict(scale='x'),TypeError,'scale'), (dict(start=2.),ValueError,'start'), (dict(rank=3),TypeError,r'SWAG\(rank=...\): it has no parameter rank. It takes K, scale, start')])
+    (dict(scale='x'),TypeError,'scale'), (dict(start=2.),ValueError,'start'), (dict(start='auto'),ValueError,'of one walk'), (dict(rank=3),TypeError,r'SWAG\(rank=...\): it has no parameter rank. It takes K, scale, start')])
 def test_bad_arguments(kw, exc, match):
     with pytest.raises(exc, match=match): SWAG(**kw)
 
