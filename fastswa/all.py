@@ -4,5 +4,6 @@ from .schedule import *
 from .batchnorm import *
 from .callback import *
 from .ema import *
+from .lawa import *
 from .ensemble import *
 from .landscape import *

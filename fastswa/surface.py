@@ -23,21 +23,30 @@ from .average import all_finite
 from .learner import ScoreMeter, copy_metric, isolated_pass, measure_bn, model_metrics, pass_bar
 from .learner import run_pass, trained_layers
 from .params import as_trained, movers, named_params, swap_params, unwrap, wide_dtype
-from .utils import check_count, uninterrupted
+from .utils import check_count, uninterrupted, unreadable, why_unreadable
 
 # %% ../nbs/26_surface.ipynb #99d29cac
 class _StateReader:
     "Stands in for a model, so that fastai itself reads the file"
     def load_state_dict(self, state, strict): self.state = state
 
+def read_state(
+    file, # Path of a file that `learn.save` or `torch.save` wrote
+)->dict: # Usually name -> tensor, on the CPU
+    "The state of a model in a file, without that of an optimizer; nothing in it is executed. Raises ValueError"
+    reader = _StateReader()
+    try: load_model(file, reader, None, with_opt=False)
+    except (*unreadable, TypeError) as e:
+        raise ValueError(f'{file} cannot be read as a file of learn.save or torch.save(model.state_dict()): it is '
+                         f'damaged, incomplete, or of another kind ({why_unreadable(e)})') from e
+    return reader.state
+
 def _read(learn, file):
     "What is in a file, named by its path or as for `learn.load`"
     paths = [Path(file), learn.path/learn.model_dir/f'{file}.pth']
     found = [o for o in paths if o.is_file()]
     if not found: raise ValueError(f'no such file: neither {paths[0]} nor {paths[1]}')
-    reader = _StateReader()
-    load_model(found[0], reader, None, with_opt=False)
-    return reader.state
+    return read_state(found[0])
 
 def _named(learn, w, name):
     "Name and tensor of all weights in `w`; a mapping may hold more than parameters"

@@ -64,7 +64,7 @@ def test_all_has_every_name():
         missing = set(importlib.import_module(f'fastswa.{o}').__all__)-set(dir(fastswa.all))
         assert not missing, f'fastswa/all.py lacks {missing}'
 
-starred = '''EMA Ensemble FGE Plane Ray SWA SnapshotEnsemble WeightAverage Width cycle_lr fge_cycles fge_lr group_lrs plot_plane plot_ray plot_swa_sched
+starred = '''EMA Ensemble FGE LAWA Plane Ray SWA SnapshotEnsemble WeightAverage Width cycle_lr fge_cycles fge_lr group_lrs plot_plane plot_ray plot_swa_sched
     plot_width sched_authors snapshot_cycles snapshot_lr swa_cycles swa_lrs update_bn'''.split()     # what people type; the rest is in its module
 
 def test_the_star_brings_these_names():
