@@ -6,6 +6,7 @@ from .callback import *
 from .ema import *
 from .lawa import *
 from .ensemble import *
+from .snapshots import *
 from .swag import *
 from .landscape import *
 from .calibration import *

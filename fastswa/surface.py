@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/26_surface.ipynb #f6cb3528
-import os, warnings
+import os, re, warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -141,6 +141,17 @@ def join_batches(
             size = b[0].numel() if _is_plain(b) else 0
     return Batches(g[0] if len(g)==1 else type(g[0])(map(torch.cat, zip(*g))) for g in groups)
 
+# %% ../nbs/26_surface.ipynb #24156238
+def split_batches(
+    bs, # Batches
+    least:int, # Pieces to have at least, if there are as many items
+)->Batches:
+    "Batches in pieces of equal size, as far as they can be taken apart and there are too few"
+    n = sum(len(b[0]) for b in bs if _is_plain(b))
+    if len(bs)>=least or not n: return bs
+    def pieces(b): return map(type(b), zip(*(t.split(max(1, n//least)) for t in b))) if _is_plain(b) else [b]
+    return Batches(o for b in bs for o in pieces(b))
+
 # %% ../nbs/26_surface.ipynb #765b0211
 def _shown(name):
     "What a picture shows of a metric: a heading, and a function of its value"
@@ -149,7 +160,9 @@ def _shown(name):
     if 'accuracy' in name: return f'validation 1 - {name}, %',lambda v: 100*(1-v)
     return f'validation {name}',lambda v: v
 
-def low_is_good(head)->bool: return head.endswith(('loss','error, %')) or ' 1 - ' in head
+_low_is_good = re.compile(r'loss$|error, %$| 1 - |(^|[ _])(r?mse|mae|msle|exp_rmspe|perplexity|error_rate|wer|cer)$')
+
+def low_is_good(head)->bool: return bool(_low_is_good.search(head))
 
 def _metric(learn, metric):
     "A copy of the learner's metric that was asked for, its heading and a function of its value; None for no metric"
@@ -182,12 +195,14 @@ class Surface:
         self.place = [torch.empty_like(p, dtype=wide_dtype(p.dtype)) for p in self.params]   # one after the other
         self.as_trained = partial(as_trained, model, movers(model))
 
-    def keep_batches(self, n_train, n_valid, check=lambda: None):
-        "Have the batches that all places will see; `check` is called between them"
+    def keep_batches(self, n_train, n_valid, check=lambda: None, dl=None, pieces=1):
+        "Have the batches that all places will see; `check` is called between them. `dl`, `pieces`: see `measuring`"
         loaders = self.learn.dls
+        if dl is None and len(loaders.loaders)>1: dl = loaders[1]
         self.train = keep_batches(loaders.train, n_train, False, check)
-        self.valid = keep_batches(loaders[1], n_valid, True, check) if len(loaders.loaders)>1 else Batches()
-        if not any(isinstance(cb, ModelResetter) for cb in self.learn.cbs): self.train = join_batches(self.train)
+        self.valid = Batches() if dl is None else keep_batches(dl, n_valid, True, check)
+        if not any(isinstance(cb, ModelResetter) for cb in self.learn.cbs):      # whose batches follow each other
+            self.train,self.valid = join_batches(self.train),split_batches(self.valid, pieces)
         if not self.train:
             raise ValueError('the training DataLoader gave no batch (fewer items than a batch, and drop_last?)')
 
@@ -237,6 +252,8 @@ def measuring(
     n_valid:int=2000, # Validation items. None: all
     total:int=1, # Places to come, for the bar
     inner:bool=False, # Whether a fit or a validation of `learn` is going on
+    dl=None, # DataLoader for validation. None: the learner's
+    pieces:int=1, # Validation batches to have at least: those that are plain tensors are split if there are fewer
 ): # Generator of a `Surface` with its batches
     "Inside the block losses can be measured at any place. Ctrl-C is obeyed between two places"
     n_train,n_valid = check_count(n_train, 'n_train', None),check_count(n_valid, 'n_valid', None)
@@ -246,12 +263,12 @@ def measuring(
     bar,places = pass_bar(learn, total, 'loss surface'),count(1)
     surface = Surface(learn, metric)                        # while the callbacks are there that freeze layers
     with (uninterrupted(patience=1) as check, torch.no_grad(), warnings.catch_warnings(),
-          isolated_pass(learn, learn.dls.train, bar=bar, inner=inner)):
+          isolated_pass(learn, learn.dls.train if dl is None else dl, bar=bar, inner=inner)):
         warnings.filterwarnings('ignore', 'the inputs of .* were not finite')   # far out they may be: it will be seen
         learn.create_mbar = False                                               # no bars within ours
         def place_done():
             bar.update(next(places))
             check()
         surface.place_done = place_done
-        surface.keep_batches(n_train, n_valid, check)
+        surface.keep_batches(n_train, n_valid, check, dl, pieces)
         yield surface
