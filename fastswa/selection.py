@@ -30,7 +30,7 @@ class Choice:
     chosen:int           # Its index
     losses:np.ndarray    # Mean loss of each, (candidates,); inf where it was no number
     errors:np.ndarray    # Paired standard error of the difference between each and the lowest, (candidates,)
-    flattery:float       # By how much the chosen one's loss is too low, as far as splits of the data can tell
+    flattery:float       # By how much the chosen one's loss is too low, as far as splits tell; nan for one batch
     n_items:int          # Validation items
 
     def said(self,
@@ -39,8 +39,9 @@ class Choice:
         "Which one, how it compares with the first, and how far that can be believed"
         k,losses = self.chosen,self.losses
         than = f'against {losses[0]:.4g} of the {names[0]}' if k else f'and {losses.min():.4g} at best'
-        return (f'{names[k]}: loss {losses[k]:.4g} {than}. It was chosen on these {self.n_items} validation items, '
-                f'which flatters its loss by about {max(self.flattery, 0):.1g}')
+        luck = f'which flatters its loss by about {max(self.flattery, 0):.1g}'
+        if np.isnan(self.flattery): luck = 'in one batch, which cannot tell by how much that flatters: use a smaller bs'
+        return f'{names[k]}: loss {losses[k]:.4g} {than}. It was chosen on these {self.n_items} validation items, {luck}'
 
 def select(
     losses, # Array (candidates, batches), the simplest candidate first
@@ -50,18 +51,18 @@ def select(
 )->Choice:
     """The simplest candidate within one paired standard error of the lowest loss, and not worse than the first.
 
-    Raises ValueError for fewer than two batches, or if no candidate has a finite loss."""
+    One batch tells nothing of noise: there the lowest loss is taken. Raises ValueError for losses of another shape,
+    or if no candidate has a finite loss."""
     losses = np.asarray(losses, dtype=float)
-    if losses.ndim!=2 or losses.shape[1]<2:
-        raise ValueError(f'losses of the shape {losses.shape}: give two batches or more of each candidate, as the '
-                         'noise is judged by their differences (a DataLoader with a smaller bs has more)')
+    if losses.ndim!=2 or not losses.size:
+        raise ValueError(f'losses of the shape {losses.shape}: give one loss for each candidate and batch')
     losses = np.where(np.isfinite(losses).all(1, keepdims=True), losses, np.inf)
     if np.isinf(losses).all(): raise ValueError('no candidate has a finite loss in all batches')
     n = losses.shape[1]
     sizes = np.ones(n) if sizes is None else np.asarray(sizes, dtype=float)
     if sizes.shape!=(n,): raise ValueError(f'{len(sizes)} sizes for {n} batches: give one for each')
     rng,half,gaps = np.random.default_rng(seed),n//2,[]
-    for _ in range(n_splits):
+    for _ in range(n_splits if n>1 else 0):
         a,b = (_pick(losses[:,o], sizes[o])[:2] for o in rng.permutation(n)[:2*half].reshape(2, half))
         gaps += [theirs[k]-own[k] for (k,own),(_,theirs) in ((a,b),(b,a))]
-    return Choice(*_pick(losses, sizes), float(np.mean(gaps)*(half/n)**.5), int(sizes.sum()))
+    return Choice(*_pick(losses, sizes), float(np.mean(gaps or np.nan)*(half/n)**.5), int(sizes.sum()))

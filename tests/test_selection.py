@@ -48,7 +48,7 @@ def test_no_numbers():
     assert c.chosen==1 and np.isinf(c.losses[[0,2]]).all() and np.isfinite(c.flattery)
     with pytest.raises(ValueError, match='finite'): select(losses[[0,2]])
 
-@pytest.mark.parametrize('losses,sizes,match', [(np.ones((3,1)),None,'two batches'), (np.ones(3),None,'two batches'), (np.ones((2,3)),[1,2],'2 sizes for 3 batches')])
+@pytest.mark.parametrize('losses,sizes,match', [(np.ones((3,0)),None,'shape'), (np.ones(3),None,'shape'), (np.ones((2,3)),[1,2],'2 sizes for 3 batches')])
 def test_refused(losses, sizes, match):
     with pytest.raises(ValueError, match=match): select(losses, sizes)
 
@@ -86,3 +86,7 @@ def test_what_is_said():
 def test_seeded():
     losses = rng(0).normal(size=(5,11))
     assert select(losses).flattery==select(losses).flattery!=select(losses, seed=1).flattery
+
+def test_one_batch_takes_the_lowest_and_says_that_it_knows_no_more():
+    c = select(np.array([[.5],[.4],[.45]]), [8])
+    assert c.chosen==1 and np.isnan(c.flattery) and 'in one batch, which cannot tell' in c.said(['last weights','a','b'])
