@@ -18,12 +18,11 @@ from fastai.torch_core import rank_distrib
 
 from .average import WeightAverage, all_finite
 from .batchnorm import BNStats
-from .learner import is_shared, isolated_pass, measure_bn_within_memory, score
-from .loader import dl_len
+from .learner import is_shared, measure_bn, measure_bn_within_memory, score
+from .loader import batch_size, dl_len
 from .params import unwrap
 from .processes import together
 from .schedule import group_lrs, iters_before, swa_cycles
-from .surface import Surface
 from .utils import uninterrupted
 
 # %% ../nbs/29_auto.ipynb #be3944ed
@@ -163,17 +162,16 @@ class WindowChoice:
         return res
 
     def losses(self)->list: # One for each candidate
-        "Losses on the same validation items, with statistics of their own from the same training items"
-        learn,rows,surface = self.learn,[],Surface(self.learn, False)
-        surface.layers = self.average.layers
-        with warnings.catch_warnings(), isolated_pass(learn, learn.dls.train, inner=True):
+        "On all validation data, with statistics of some 2000 training items, the same ones for all"
+        learn,rows = self.learn,[]
+        n_batches = -(-2000//(batch_size(learn.dls.train) or 2000))
+        with warnings.catch_warnings():
             warnings.simplefilter('ignore')                    # what there is to say of them has been said
-            learn.create_mbar = False
-            surface.keep_batches(2000, 2000)
             for w in self.candidates().values():
-                with w.swapped(self.model) if w else nullcontext(), surface.own_stats():
-                    rows.append(surface.score(surface.valid)[0])
-        return np.mean(from_all(learn, rows), axis=0).tolist()
+                with w.swapped(self.model) if w else nullcontext():
+                    stats = measure_bn(learn, self.average.layers, n_batches, inner=True) or BNStats([])
+                    with stats.swapped(): rows.append(self.valid_loss())
+        return rows
 
     def valid_loss(self)->float:
         "On all validation data"

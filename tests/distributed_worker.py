@@ -112,7 +112,7 @@ def an_automatic_start_decides_alike():
         swa,spy = SWA(start='auto'),Spy()
         learn,(mean,last) = fitted(epochs, .2, method=method, cbs=[swa,spy], inside=lambda l: swa.compare(l).loss.tolist()[:0:-1])
         held = swa.auto.seen['held']
-        assert swa.decision and equal_everywhere([swa.decision, held, *swa.collected, mean, last]) and mean<=last*(1+1e-6)
+        assert swa.decision and equal_everywhere([swa.decision, held, *swa.collected, mean, last]) and mean<=last*(1+1e-6), (method, swa.decision, mean, last)
         assert equal_everywhere(state(learn.model)) and equal_everywhere(spy.lrs) and (method=='fit') <= (not held)
 
 @check
