@@ -306,6 +306,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fastswa.cycle.CycleHooks.fit_begins': ('cycle.html#cyclehooks.fit_begins', 'fastswa/cycle.py'),
                                'fastswa.cycle.CycleHooks.in_fit': ('cycle.html#cyclehooks.in_fit', 'fastswa/cycle.py'),
                                'fastswa.cycle.CycleHooks.last_of_all': ('cycle.html#cyclehooks.last_of_all', 'fastswa/cycle.py'),
+                               'fastswa.cycle.CycleHooks.led_cycles': ('cycle.html#cyclehooks.led_cycles', 'fastswa/cycle.py'),
                                'fastswa.cycle.CycleHooks.lr_leader': ('cycle.html#cyclehooks.lr_leader', 'fastswa/cycle.py'),
                                'fastswa.cycle.CycleHooks.made_progress': ('cycle.html#cyclehooks.made_progress', 'fastswa/cycle.py'),
                                'fastswa.cycle.CycleHooks.plan': ('cycle.html#cyclehooks.plan', 'fastswa/cycle.py'),

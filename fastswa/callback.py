@@ -548,9 +548,9 @@ class RateCycles(AverageCallback):
     def plan_from(self, start, n_epoch, n_iter):
         "Cycles of its own or, where an ensemble sets the learning rate, what is left of the ensemble's after `start`"
         own = swa_cycles(n_epoch, n_iter, start, self.cycle_len)
-        if self.lr_leader is None or self.cycle_len is not None: return own
-        ends = self.lr_leader.plan(n_epoch, n_iter).ends
-        return Cycles(own.begin, tuple(o for o in ends if o>own.begin), n_iter)
+        theirs = self.led_cycles(n_epoch, n_iter)
+        if theirs is None or self.cycle_len is not None: return own
+        return Cycles(own.begin, tuple(o for o in theirs.ends if o>own.begin), n_iter)
 
     def check_fit(self, n_groups):
         super().check_fit(n_groups)

@@ -76,7 +76,7 @@ class LAWA(AverageCallback):
 
     def plan(self, n_epoch, n_iter):
         "Evenly, the last at the end of the fit; beside one who sets cycles, at their ends as soon as they have begun"
-        total,every,leader = n_epoch*n_iter,self.every,self.lr_leader
+        total,every,theirs = n_epoch*n_iter,self.every,self.led_cycles(n_epoch, n_iter)
         left = total-iters_before(self.start, n_epoch, n_iter)
         if left<=0: return Cycles(total, (), n_iter)
         if every is None: every = min(1, min(left, total/4)/self.k/n_iter)
@@ -84,8 +84,7 @@ class LAWA(AverageCallback):
             raise ValueError(f'every={every} epochs is more than the {left/n_iter:.4g} that start={self.start} leaves '
                              f'of {n_epoch}: nothing would be averaged. Give less, or an earlier start')
         own = swa_cycles(n_epoch, n_iter, self.start, every)
-        if leader is None or self.every is not None: return own
-        theirs = leader.plan(n_epoch, n_iter)
+        if theirs is None or self.every is not None: return own
         ends = [*(o for o in own.ends if o<=theirs.begin), *(o for o in theirs.ends if o>own.begin)]
         return Cycles(own.begin, tuple(ends), n_iter)
 
