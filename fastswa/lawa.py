@@ -29,8 +29,17 @@ class WindowAverage(WeightAverage):
             place = self.window[-1][0]+1 if self.window else 1
             if len(self.window)==self.k: del self.window[0]
             self.window.append((place, [o.clone() for o in self.shadow.tensors]))
-            for i,(_,ws) in enumerate(self.window): self.shadow.lerp(1/(i+1), ws)
-            self.n = len(self.window)
+            self._make_mean()
+
+    def _make_mean(self):
+        for i,(_,ws) in enumerate(self.window): self.shadow.lerp(1/(i+1), ws)
+        self.n = len(self.window)
+
+    def leave_out_after(self, place):
+        "Only snapshots up to this place in the walk stay in the window"
+        with uninterrupted():
+            self.window = [o for o in self.window if o[0]<=place]
+            self._make_mean()
 
     def state_dict(self):
         "Also `k` and `window`. After `rebase` the mean is another one than the window's, until the next update"
@@ -95,6 +104,14 @@ class LAWA(AverageCallback):
         window = self._average.weights.window
         window[-1] = self.fit_state.done,window[-1][1]
         self.collected = [place for place,_ in window[:-1]]       # where the last one is added
+
+    def leave_out_after(self, now):
+        "A window can leave them out, and fills up again"
+        weights = self._average.weights
+        if all(place<=now for place,_ in weights.window): return
+        with uninterrupted():
+            weights.leave_out_after(now)
+            self._average.stats,self.collected = None,[place for place,_ in weights.window]
 
     def why_worse(self): return 'It lags behind weights that still get better: a smaller k, or every, follows faster.'
     def drawn_cycles(self): return Cycles(0, (), self.fit_state.cycles.n_iter)
