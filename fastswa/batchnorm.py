@@ -166,6 +166,9 @@ class _LayerHooks:
         self.single = set()         # layers that have seen one value per channel in this pass
         self.each_once = None       # whether the first pass used each layer once; None: it is not over
         self.start = BNStats(layers)
+        # what a use forgets is multiplied by 0, and that leaves nan where it was nan or infinite
+        self.usable = BNStats(layers, [o.nan_to_num(0., 0., 0.) for o in self.start.means],
+                              [o.nan_to_num(1., 1., 1.) for o in self.start.vars])
 
     @torch.no_grad()
     def before(self, k, m, args, kwargs):
@@ -187,7 +190,7 @@ class _LayerHooks:
         "The layer normalises by what is known so far, the one value (or none) of this batch included"
         value = x.reshape(-1).to(self.moments.mean.device, torch.float64)
         if len(value): self.moments.add([k], torch.ones(1, dtype=torch.float64), value, 0.)
-        mean,var = self.moments.population(k) if self.moments.n[k]>1 else (self.start.means[k],self.start.vars[k])
+        mean,var = self.moments.population(k) if self.moments.n[k]>1 else (self.usable.means[k],self.usable.vars[k])
         m.running_mean.copy_(mean)
         m.running_var.copy_(var)
         m.training = False
@@ -256,6 +259,7 @@ class BNMeter:
         "Layers measure inside the block, all other modules are in evaluation mode; everything is as before after it"
         with (uninterrupted(patience=1), preserve_buffers(model), preserve_modes(model),
               _hooked(self.layers, self.hooks), torch.no_grad()):
+            self.hooks.usable.install()
             self.bn_train_only(model)
             yield self
 

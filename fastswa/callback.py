@@ -331,6 +331,15 @@ def warn_of_moment(cb, done, now):
                         f'give start_epoch={epoch} (fit_flat_cos ignores it: use fit_one_cycle or fit); for a new '
                         f'average use a new {type(cb).__name__}()')
 
+def warn_of_twice(cb, now):
+    "Say so where the average has snapshots of a part of the walk that a fit, which goes on after `now`, makes again"
+    last,file = max(cb.collected, default=0),'file' if cb.save_to is None else repr(str(cb.save_to))
+    if last<=now: return
+    cb.warn_once('gap', f'this fit goes on after {now} iterations, and the average has snapshots of up to {last}: '
+                        'those in between will be counted twice. Exact is to go on from the end of an epoch, '
+                        'with the model of that moment and the file that save_to writes then: '
+                        f'{type(cb).__name__}(...).load({file})')
+
 @contextmanager
 def oom_as_warning(cb, key, msg):
     "Where the memory does not suffice for the block, a warning: the training is worth more"
@@ -400,10 +409,15 @@ class AverageCallback(SavesAverage):
         if now and avg is not None and avg.model is model:
             if not avg.applied or avg.weights.is_applied():
                 if avg.applied: avg.restore(model)
-                return self.fit_state.go_on(previous.saved())
+                self.fit_state.go_on(previous.saved())
+                return self.leave_out_after(now)
             self.warn_once('lost', f'the model was changed after the average of {self.n_averaged} snapshots had been '
                                    'put into it: that average is gone, a new one begins')
         self._average,self.collected = None,[]
+
+    def leave_out_after(self, now):
+        "A fit goes on after `now` iterations: a running mean cannot leave out what was taken later"
+        warn_of_twice(self, now)
 
     def take(self, model):
         if self._average is None: self._average = ModelAverage(self.make_average(model))
@@ -548,9 +562,9 @@ class RateCycles(AverageCallback):
     def plan_from(self, start, n_epoch, n_iter):
         "Cycles of its own or, where an ensemble sets the learning rate, what is left of the ensemble's after `start`"
         own = swa_cycles(n_epoch, n_iter, start, self.cycle_len)
-        if self.lr_leader is None or self.cycle_len is not None: return own
-        ends = self.lr_leader.plan(n_epoch, n_iter).ends
-        return Cycles(own.begin, tuple(o for o in ends if o>own.begin), n_iter)
+        theirs = self.led_cycles(n_epoch, n_iter)
+        if theirs is None or self.cycle_len is not None: return own
+        return Cycles(own.begin, tuple(o for o in theirs.ends if o>own.begin), n_iter)
 
     def check_fit(self, n_groups):
         super().check_fit(n_groups)

@@ -29,8 +29,17 @@ class WindowAverage(WeightAverage):
             place = self.window[-1][0]+1 if self.window else 1
             if len(self.window)==self.k: del self.window[0]
             self.window.append((place, [o.clone() for o in self.shadow.tensors]))
-            for i,(_,ws) in enumerate(self.window): self.shadow.lerp(1/(i+1), ws)
-            self.n = len(self.window)
+            self._make_mean()
+
+    def _make_mean(self):
+        for i,(_,ws) in enumerate(self.window): self.shadow.lerp(1/(i+1), ws)
+        self.n = len(self.window)
+
+    def leave_out_after(self, place):
+        "Only snapshots up to this place in the walk stay in the window"
+        with uninterrupted():
+            self.window = [o for o in self.window if o[0]<=place]
+            self._make_mean()
 
     def state_dict(self):
         "Also `k` and `window`. After `rebase` the mean is another one than the window's, until the next update"
@@ -76,7 +85,7 @@ class LAWA(AverageCallback):
 
     def plan(self, n_epoch, n_iter):
         "Evenly, the last at the end of the fit; beside one who sets cycles, at their ends as soon as they have begun"
-        total,every,leader = n_epoch*n_iter,self.every,self.lr_leader
+        total,every,theirs = n_epoch*n_iter,self.every,self.led_cycles(n_epoch, n_iter)
         left = total-iters_before(self.start, n_epoch, n_iter)
         if left<=0: return Cycles(total, (), n_iter)
         if every is None: every = min(1, min(left, total/4)/self.k/n_iter)
@@ -84,8 +93,7 @@ class LAWA(AverageCallback):
             raise ValueError(f'every={every} epochs is more than the {left/n_iter:.4g} that start={self.start} leaves '
                              f'of {n_epoch}: nothing would be averaged. Give less, or an earlier start')
         own = swa_cycles(n_epoch, n_iter, self.start, every)
-        if leader is None or self.every is not None: return own
-        theirs = leader.plan(n_epoch, n_iter)
+        if theirs is None or self.every is not None: return own
         ends = [*(o for o in own.ends if o<=theirs.begin), *(o for o in theirs.ends if o>own.begin)]
         return Cycles(own.begin, tuple(ends), n_iter)
 
@@ -96,6 +104,14 @@ class LAWA(AverageCallback):
         window = self._average.weights.window
         window[-1] = self.fit_state.done,window[-1][1]
         self.collected = [place for place,_ in window[:-1]]       # where the last one is added
+
+    def leave_out_after(self, now):
+        "A window can leave them out, and fills up again"
+        weights = self._average.weights
+        if all(place<=now for place,_ in weights.window): return
+        with uninterrupted():
+            weights.leave_out_after(now)
+            self._average.stats,self.collected = None,[place for place,_ in weights.window]
 
     def why_worse(self): return 'It lags behind weights that still get better: a smaller k, or every, follows faster.'
     def drawn_cycles(self): return Cycles(0, (), self.fit_state.cycles.n_iter)

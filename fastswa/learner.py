@@ -21,7 +21,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.callback.training import set_bn_eval, BnFreeze
 from fastai.learner import AvgLoss, CastToTensor, Learner, Recorder, ValueMetric, replacing_yield
-from fastai.torch_core import get_model
+from fastai.torch_core import find_bs, get_model
 
 from .batchnorm import BNMeter, BNStats, bn_layers, check_dl, check_measurable, force_eager, layer_names
 from .loader import drop_padding, is_sharded, preserve_attrs, preserve_rng, rebatch, reducible_bs
@@ -156,13 +156,14 @@ def pass_bar(
 
 # %% ../nbs/25_learner.ipynb #808cbf80
 class ScoreMeter(Callback):
-    "Loss and metrics over a side pass, and the loss of each batch"
+    "Loss and metrics over a side pass, and for each batch its loss and how many items it has"
     order = Recorder.order                         # it takes its place
     def __init__(self,
         mets, # Metrics, which are reset now
         n_batches:int=None, # Batches to look at; None: all
     ):
-        self.mets,self.n_batches,self.losses = mets,n_batches,[]
+        self.mets,self.n_batches = mets,n_batches
+        self.losses,self.sizes = [],[]
         for m in mets: m.reset()                   # also where somebody's callback cancels the pass before it begins
 
     def before_validate(self): get_model(self.learn.model).eval()
@@ -171,6 +172,7 @@ class ScoreMeter(Callback):
         if len(self.learn.yb):
             for m in self.mets: m.accumulate(self.learn)
             self.losses.append(float(self.learn.to_detach(self.learn.loss.mean())))
+            self.sizes.append(find_bs(self.learn.yb))
         if self.learn.iter+1==self.n_batches: raise CancelValidException()
 
     def values(self)->list:
@@ -196,7 +198,7 @@ def score(
     dl=None, # DataLoader; None: the validation one
     comment='average', # What the progress bar says, if there is one
     inner:bool=False, # Whether a fit or a validation of `learn` is going on
-)->ScoreMeter: # `values()`: the loss and each metric; `losses`: the loss of each batch
+)->ScoreMeter: # `values()`: the loss and each metric; `losses`, `sizes`: the loss and the items of each batch
     "What the model of `learn` makes of validation batches; nothing is changed"
     dl = learn.dls.valid if dl is None else dl
     meter = ScoreMeter([AvgLoss(), *map(copy_metric, metrics)], n_batches)

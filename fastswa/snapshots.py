@@ -126,9 +126,9 @@ class Snapshots(HoldsAverage, Ensemble):
 
     def plan(self, n_epoch, n_iter):
         begin,every = iters_before(self.start, n_epoch, n_iter),self.every
-        if every is None and self.lr_leader is not None:
-            ends = self.lr_leader.plan(n_epoch, n_iter).ends
-            return Cycles(begin, tuple(o for o in ends if o>begin), n_iter)
+        theirs = self.led_cycles(n_epoch, n_iter)
+        if every is None and theirs is not None:
+            return Cycles(begin, tuple(o for o in theirs.ends if o>begin), n_iter)
         left = n_epoch*n_iter-begin                         # where it is shorter than `every` there is its end
         return swa_cycles(n_epoch, n_iter, self.start, min(every, left/n_iter) if every and left>0 else every)
 

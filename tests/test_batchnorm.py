@@ -1,5 +1,5 @@
 "Promise 4: statistics of the population, for the layers that trained, with nothing else changed"
-import random, signal, sys, time, warnings
+import math, random, signal, sys, time, warnings
 from collections import Counter
 from copy import deepcopy
 
@@ -206,6 +206,49 @@ def test_unreachable_layers_warn():
     bad = nn.Sequential(nn.BatchNorm1d(3)); bad[0].running_mean.fill_(7)
     with pytest.warns(UserWarning, match='not finite'): update_bn(bad, [torch.full((9,3), float('nan'))])
     assert (bad[0].running_mean==7).all()
+
+def spoil(m, mean, var):
+    for o in bns(m): o.running_mean[1:].fill_(mean); o.running_var[:2].fill_(var)
+    return m
+
+@pytest.mark.parametrize('mean,var', [(math.nan,math.nan), (math.inf,1.), (-math.inf,math.inf), (0.,math.nan)])
+@pytest.mark.parametrize('sizes', [(8,8,4), (1,8,1), (1,1)])
+def test_statistics_that_are_not_finite_are_repaired(sizes, mean, var):
+    "Those that were there do not enter, a first batch of one value per channel included"
+    xs = torch.randn(sum(sizes),3).split(sizes)
+    def layers(): seed(); return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3,3), nn.BatchNorm1d(3))
+    good,bad = layers(),spoil(layers(), mean, var)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        update_bn(good, xs)
+        update_bn(bad, xs)
+    assert same(state(good), state(bad))
+
+def test_a_learner_repairs_statistics_that_are_not_finite_and_stays_exact():
+    good,bad = learner(shuffle=False),learner(shuffle=False)
+    spoil(bad.model, math.nan, math.inf)
+    with warnings.catch_warnings(), quiet(good), quiet(bad):
+        warnings.simplefilter('error')
+        good.update_bn()
+        bad.update_bn()
+    assert same(state(good.model), state(bad.model))
+    assert_is(bad.model[1], bad.model[0](X[:200]).detach(), 1e-5)
+
+@pytest.mark.parametrize('value', [7.,math.nan])
+def test_statistics_are_back_when_a_refresh_is_interrupted_or_fails(value):
+    l = learner()
+    for o in bns(l.model): o.running_mean.fill_(value); o.running_var[1:].fill_(value)
+    before = state(l.model)
+    class Stop(Callback):
+        def after_pred(self):
+            if self.iter==1: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), quiet(l), l.added_cbs(Stop()): l.update_bn()
+    def batches():
+        yield X[:8]
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): update_bn(l.model, batches())
+    with pytest.warns(UserWarning, match='inputs of 2 BatchNorm layers were not finite'): update_bn(l.model, [X[:8]*math.nan])
+    for k,v in state(l.model).items(): assert torch.equal(v.nan_to_num(-5.), before[k].nan_to_num(-5.))
 
 @pytest.mark.parametrize('n', [0,-1]) 
 def test_bad_n_batches(n):

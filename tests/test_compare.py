@@ -7,6 +7,7 @@ from fastswa import callback
 from fastswa.callback import SWA
 from fastswa.compare import FairCheck
 from fastswa.ema import EMA
+from fastswa.learner import score
 
 def worse(f):
     "The warnings that the average is worse"
@@ -92,6 +93,14 @@ def test_compare_interrupted(k):
         with quiet(l), l.added_cbs(Boom()): swa.compare(l)
     assert same(state(l.model), before) and swa._average.weights.is_applied()
     swa.restore(l)
+
+@pytest.mark.parametrize('n_batches', [None,2,1])
+def test_a_score_knows_the_items_of_each_batch(n_batches):
+    l = learner()                                      # 100 validation items in batches of 64
+    with quiet(l): meter = score(l, l.metrics, n_batches)
+    assert meter.sizes==[64,36][:n_batches] and len(meter.losses)==len(meter.sizes)
+    with torch.no_grad(): by_hand = l.loss_func(l.model.eval()(X[200:200+sum(meter.sizes)]), Y[200:200+sum(meter.sizes)])
+    np.testing.assert_allclose([np.average(meter.losses, weights=meter.sizes), meter.values()[0]], by_hand.item(), rtol=1e-5)
 
 # ---- the check
 

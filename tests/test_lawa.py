@@ -260,6 +260,19 @@ def test_beside_those_who_set_cycles_at_places_that_were_asked_for():
     fit(learner(), 4, cbs=[SnapshotEnsemble(2), lawa])
     assert lawa.collected==[10,15,20]
 
+@pytest.mark.parametrize('n_epoch', [4,7,12])
+@pytest.mark.parametrize('make', [lambda: LAWA(install=False), lambda: LAWA(3, start=.4, install=False), lambda: SWAG(swa_lr=False, install=False)])
+def test_who_leads_without_cycles_changes_no_points(make, n_epoch):
+    "An automatic start holds a rate, and one that begins after the fit has none"
+    alone = make()
+    fit(learner(), n_epoch, cbs=alone)
+    for leader in (SWA(start='auto'), FGE(start=n_epoch)):
+        beside = make()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')                     # the other one never starts
+            fit(learner(), n_epoch, cbs=[leader, beside])
+        assert beside.fit_state.cycles==alone.fit_state.cycles and beside.collected==alone.collected
+
 @pytest.mark.parametrize('method,kw', [('fit_one_cycle',{}), ('fit_flat_cos',{}), ('fine_tune',dict(freeze_epochs=2))])
 def test_ways_to_fit(method, kw):
     l,spy,lawa = learner(splitter=two_groups),Spy(),LAWA(3, every=1)

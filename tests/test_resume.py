@@ -6,6 +6,8 @@ import pytest, torch
 from common import *
 from fastswa import utils
 from fastswa.callback import SWA
+from fastswa.ema import EMA
+from fastswa.lawa import LAWA
 
 def told(f, match):
     "What is warned of that matches"
@@ -116,6 +118,52 @@ def test_momentum_that_no_schedule_tells_of_is_in_the_file(tmp_path):
     whole = run(learner(), new())
     run(learner(), new(save_to=tmp_path/'s.pt'), Checkpoint(4))
     assert run(learner(), new().load(tmp_path/'s.pt'), start_epoch=5)==whole[25:] and len({m for o in whole[16:] for _,m in o})==1
+
+class StopWithin(Callback):
+    "Ctrl-C within an epoch"
+    order,run_valid = 2000,False
+    def __init__(self, epoch, it): self.at = epoch,it
+    def after_batch(self):
+        if (self.learn.epoch,self.learn.iter)==self.at: raise KeyboardInterrupt
+
+@pytest.mark.parametrize('make,kept', [(lambda **kw: SWA(start=.5, cycle_len=.4, check=False, **kw), [30,32,34]), (lambda **kw: EMA(check=False, **kw), None)])
+def test_snapshots_of_a_part_that_is_made_again_are_told_of(make, kept, tmp_path):
+    "A running mean cannot forget them: once, with what is exact; nothing is said where there are none"
+    def stopped(*at):
+        l,cb = learner(),make(save_to=tmp_path/'s.pt')
+        with pytest.raises(KeyboardInterrupt): fit(l, 8, cbs=[cb, StopWithin(*at)])
+        return l,cb
+    l,cb = stopped(6, 4)
+    if kept: assert cb.collected[-3:]==kept
+    ws = told(lambda: fit(l, 8, start_epoch=6, cbs=cb), 'counted twice')
+    name = type(cb).__name__
+    assert len(ws)==1 and 'goes on after 30 iterations' in ws[0] and f"{name}(...).load('{tmp_path/'s.pt'}')" in ws[0]
+    assert 'of up to 34:' in ws[0]
+    l,cb = stopped(6, 0)
+    if kept: assert cb.collected[-1]==30 and not told(lambda: fit(l, 8, start_epoch=6, cbs=cb), 'twice')
+    else: assert told(lambda: fit(l, 8, start_epoch=6, cbs=cb), 'of up to 31:')
+    if kept: assert cb.collected==[*range(22,41,2)]
+
+@pytest.mark.parametrize('at,now,left', [((6,4),6,[24,27,30]), ((6,4),5,[24]), ((6,4),3,[]), ((6,0),6,[21,24,27,30])])
+def test_a_window_forgets_the_part_that_is_made_again(at, now, left):
+    "Of the last four, one each three iterations"
+    l,lawa,spy = learner(),LAWA(4, every=.6, check=False),Spy()
+    with pytest.raises(KeyboardInterrupt): fit(l, 9, cbs=[lawa, spy, StopWithin(*at)])
+    first = spy.ws
+    class Look(Callback):
+        order,run_valid = 2000,False
+        seen = None
+        def before_batch(self):
+            if self.seen is not None: return
+            mean = [o.clone() for o in lawa._average.weights.average] if lawa.n_averaged else []
+            self.seen = lawa.n_averaged,list(lawa.collected),mean
+    look,rest = Look(),Spy()
+    assert not told(lambda: fit(l, 9, start_epoch=now, cbs=[lawa, look, rest]), 'twice')
+    n,collected,mean = look.seen
+    assert n==len(left) and collected==left
+    for k,w in enumerate(mean): torch.testing.assert_close(w.double(), torch.stack([first[i-1][k].double() for i in left]).mean(0), atol=1e-6, rtol=1e-6)
+    assert lawa.collected==[36,39,42,45]
+    for p,w in zip(l.model.parameters(), rest.mean([i-5*now for i in lawa.collected])): torch.testing.assert_close(p.detach().double(), w, atol=1e-6, rtol=1e-6)
 
 # ---- nothing left to train
 

@@ -48,6 +48,16 @@ def test_at_the_ends_of_others_cycles(other, its):
         l,snaps,spy = fitted(cbs=[o])
     assert snaps.collected==(o.collected if its is None else its)
 
+@pytest.mark.parametrize('n', [4,7,12])
+@pytest.mark.parametrize('kw', [dict(), dict(start=.5)])
+def test_who_leads_without_cycles_changes_no_points(n, kw):
+    alone = fitted(Snapshots(**kw), n)[1]
+    for leader in (SWA(start='auto'), SWA(start=n)):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')                      # the other one never starts
+            snaps = fitted(Snapshots(**kw), n, cbs=[leader])[1]
+        assert snaps.collected==alone.collected==list(alone.fit_state.cycles.ends) and snaps.n_members==alone.n_members
+
 def test_what_was_asked_for_comes_before_others_cycles():
     assert fitted(Snapshots(every=1), cbs=[SWA(.5, cycle_len=.6, check=False)])[1].collected==[5,10,15,20]
     assert fitted(Snapshots(start=3), cbs=[SnapshotEnsemble(4)])[1].collected==[20]
