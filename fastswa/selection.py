@@ -39,7 +39,8 @@ class Choice:
         "Which one, how it compares with the first, and how far that can be believed"
         k,losses = self.chosen,self.losses
         than = f'against {losses[0]:.4g} of the {names[0]}' if k else f'and {losses.min():.4g} at best'
-        luck = f'which flatters its loss by about {max(self.flattery, 0):.1g}'
+        by = f'about {self.flattery:.1g}' if self.flattery>1e-4*abs(losses[k]) else 'less than can be told here'
+        luck = f'which flatters its loss by {by}'
         if np.isnan(self.flattery): luck = 'in one batch, which cannot tell by how much this flatters: use a smaller bs'
         return (f'{names[k]}: loss {losses[k]:.4g} {than}. It was chosen on these {self.n_items} validation items, '
                 f'{luck}')

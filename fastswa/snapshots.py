@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from fastcore.meta import delegates
-from fastai.learner import Learner
+from fastai.learner import Learner, noop
 from fastai.torch_core import find_bs
 
 from .average import WeightAverage
@@ -56,7 +56,7 @@ def score_places(
     places:list, # Functions that make a context, in which the model has other weights
     score, # Function of a `Surface`: what to measure there
     layers=None, # BatchNorm layers that train. None: those that the learner trains
-    metric=False, # Name of one of the learner's metrics, see `low_is_good`. False: the loss
+    metric=False, # Name of one of the learner's metrics. None: the first. False: the loss
     dl=None, # DataLoader to decide by. None: the validation one
     n_train:int=2000, # Training items for BatchNorm statistics while weights are compared, 1 or more. None: all
     n_valid:int=None, # Items to decide by, 1 or more. None: all
@@ -72,12 +72,15 @@ def score_places(
             return res
         return [at(o) for o in places],[find_bs(b) for b in surface.valid]
 
-def badness(surface):
-    "The loss, or the metric if there is one: the lower the better"
+def badness(surface, low=None):
+    "The loss, or the metric if there is one, with its sign turned unless `low` (None: by its name) is good"
     if surface.metric is None: return surface.score(surface.valid)[0]
-    metric,head,shown = surface.metric
-    value = shown(surface.score(surface.valid, metric)[1])
-    return value if low_is_good(head) else -value
+    metric = surface.metric[0]
+    if low is None: low = low_is_good(metric.name)
+    if low is None: raise ValueError(f'metric={metric.name!r}: this name does not tell whether lower is better: give '
+                                     'low=True, or low=False where higher is')
+    value = surface.score(surface.valid, metric)[1]
+    return value if low else -value
 
 def candidates(n, half_lives):
     "Name -> arguments of `average_of`, the simplest first"
@@ -160,6 +163,7 @@ class Snapshots(HoldsAverage, Ensemble):
         weights=None, # How much each counts: numbers of 0 or more, one for each snapshot
         half_life:float=None, # Exponential average: share of the snapshots after which one counts half as much
         best:int=None, # The mean of the so many that are best by `metric`
+        low:bool=None, # Whether a lower `metric` is better. None: as its name tells, and ValueError if it does not
         bn_batches:int=None, # Training batches for the average's BatchNorm statistics, 1 or more. None: all
         **kwargs, # With `best`: metric, dl, n_train, n_valid
     )->'Snapshots': # The callback itself
@@ -168,13 +172,15 @@ class Snapshots(HoldsAverage, Ensemble):
         Raises TypeError or ValueError for wrong arguments, RuntimeError without snapshots, within a fit, or if the
         model holds another callback's average."""
         model,n,bn_batches = self._check(learn),self.n_members,check_count(bn_batches, 'bn_batches')
-        if sum(o is not None for o in (last,weights,half_life,best))>1 or kwargs and best is None:
+        if low not in (None,True,False): raise TypeError(f'low={low!r}: give True, False or None')
+        alone = kwargs and best is None or low is not None and kwargs.get('metric', False) is False
+        if alone or sum(o is not None for o in (last,weights,half_life,best))>1:
             raise ValueError('give one of last, weights, half_life and best; metric, dl, n_train and n_valid beside '
-                             'best only')
+                             'best only, low beside metric')
         if (check_count(best, 'best', 'snapshots') or 0)>n: raise ValueError(f'best={best}: there are {n} snapshots')
         if best is not None:
             places = [partial(swapped_state, model, m['state']) for m in self.store]
-            scores,_ = score_places(learn, places, badness, self._trained(model), **kwargs)
+            scores,_ = score_places(learn, places, partial(badness, low=low), self._trained(model), **kwargs)
             weights = [float(k in np.argsort(scores, kind='stable')[:best]) for k in range(n)]
         average = ModelAverage(average_of(model, self.store, last, weights, half_life))
         self._take_out(model)
@@ -203,7 +209,7 @@ class Snapshots(HoldsAverage, Ensemble):
         choice = select(*score_places(learn, places, score, self._trained(model), **kwargs))
         self.average(learn, **hows[names[choice.chosen]], bn_batches=bn_batches)
         if ax is not False: draw_choice(choice, names, ax)
-        print(choice.said(names))
+        if learn.logger is not noop: print(choice.said(names))
         res = pd.DataFrame(dict(loss=choice.losses, difference=choice.losses-choice.losses.min(), error=choice.errors,
                                 chosen=np.arange(len(names))==choice.chosen), index=names)
         res.attrs['flattery'] = choice.flattery

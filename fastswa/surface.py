@@ -160,9 +160,20 @@ def _shown(name):
     if 'accuracy' in name: return f'validation 1 - {name}, %',lambda v: 100*(1-v)
     return f'validation {name}',lambda v: v
 
-_low_is_good = re.compile(r'loss$|error, %$| 1 - |(^|[ _])(r?mse|mae|msle|exp_rmspe|perplexity|error_rate|wer|cer)$')
+_lows = {*('loss error err mse rmse mae mape smape wape msle rmsle mspe rmspe nll bce ece brier perplexity ppl wer cer '
+           'eer fid').split()}
+_highs = {*('acc accuracy score f fbeta precision recall sensitivity specificity r auc auroc roc ap map dice jaccard '
+            'iou miou corr corrcoef pearsonr spearmanr kappa mcc bleu rouge ndcg psnr ssim explained top').split()}
 
-def low_is_good(head)->bool: return bool(_low_is_good.search(head))
+def low_is_good(
+    name:str, # A metric's, or its heading in a picture
+): # True: lower is better. False: higher is. None: its name does not tell
+    words = {*re.findall('[a-z]+', name.lower())}                # f1, r2 and top5 without their numbers
+    if 'neg' in words: return None
+    if re.search('loss$|error, %$| 1 - ', name.lower()): return True
+    low,high = words&_lows,words&_highs
+    if low and high<={'score','top'}: return True                # brier_score, top_5_error
+    return False if high and not low else None
 
 def _metric(learn, metric):
     "A copy of the learner's metric that was asked for, its heading and a function of its value; None for no metric"

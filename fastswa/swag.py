@@ -123,7 +123,7 @@ class SWAG(SWA):
     prefix = 'swag'
     @delegates(SWA.__init__)
     def __init__(self,
-        K:int=20, # Last deviations from the mean to keep, the rank of their part of the covariance; 1 or more
+        K:int=20, # Deviations from the mean to keep, the last ones, 1 or more; no more than there are snapshots
         scale:float=1., # Factor of the samples' variance, 0 or more. 1: the paper's equation 1; its code calls that .5
         start:float=.75, # When averaging begins. float in [0,1): share of the fit. int: epochs before it
         **kwargs, # As in `SWA`

@@ -1,6 +1,6 @@
 "Which of several candidates is chosen, and whether what is said of its luck is true"
 import numpy as np, pytest
-from fastswa.selection import select
+from fastswa.selection import Choice, select
 
 rng = np.random.default_rng
 
@@ -82,6 +82,12 @@ def test_what_is_said():
     said = c.said(['last weights','mean of the last 5'])
     assert said.startswith('mean of the last 5: loss 18.5 against 19.5 of the last weights') and 'these 32 validation items' in said and 'flatters' in said
     assert select(pairs(1, 2)).said(['last weights','other']).startswith('last weights: loss 18.5 and 18.5 at best')
+
+def test_what_is_said_of_flattery():
+    def said(flattery, loss=.5): return Choice(0, np.array([loss,.6]), np.zeros(2), flattery, 32).said(['last weights','other'])
+    assert said(.0123).endswith('flatters its loss by about 0.01')
+    for small in -.02,-1e-17,0.,1e-17,4e-5: assert said(small).endswith('flatters its loss by less than can be told here')
+    assert said(.02, -5.).endswith('about 0.02') and said(0., 0.).endswith('told here')
 
 def test_seeded():
     losses = rng(0).normal(size=(5,11))

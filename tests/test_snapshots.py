@@ -12,6 +12,7 @@ from fastswa.ema import EMA
 from fastswa.ensemble import FGE, SnapshotEnsemble
 from fastswa.members import swapped_state
 from fastswa.snapshots import Snapshots, candidates
+from fastswa.surface import low_is_good
 from test_compare import Walk, linear
 from test_ema import by_hand as ema_by_hand
 
@@ -215,9 +216,37 @@ def slope_right(inp, targ): return -((inp-targ)**2).mean()       # higher is bet
 def test_the_best(metric):
     l,snaps = at_places([9.,2.5,7.,1.8,3.,-4.], metrics=[rmse, slope_right])
     for k,want in (1,1.8),(2,(1.8+2.5)/2),(3,(1.8+2.5+3)/3):
-        calm(snaps.average, l, best=k, metric=metric)
+        calm(snaps.average, l, best=k, metric=metric, low=False if metric=='slope_right' else None)
         assert l.model.weight.item()==pytest.approx(want) and snaps.n_averaged==k
     snaps.restore(l); assert l.model.weight.item()==-4
+
+def test_whether_low_is_good_is_known_or_asked_for():
+    def nll(inp, targ): return ((inp-targ)**2).mean()
+    def r2_score(inp, targ): return -nll(inp, targ)
+    def gain(inp, targ): return nll(inp, targ)
+    l,snaps = at_places([9.,2.5,7.,-4.], metrics=[gain, nll, r2_score])
+    def best(**kw):
+        calm(snaps.average, l, best=1, **kw)
+        return l.model.weight.item()
+    assert best(metric='nll')==best(metric='r2_score')==2.5
+    assert best(metric='gain', low=True)==2.5 and best(metric='gain', low=False)==9
+    assert best(metric='nll', low=False)==9 and best(metric='r2_score', low=True)==9     # what one says counts
+    found = state(l.model)
+    for metric in 'gain',None:
+        with pytest.raises(ValueError, match="metric='gain'.*low=True.*low=False"): best(metric=metric)
+    for kw in dict(low=True),dict(low=True, metric=False):
+        with pytest.raises(ValueError, match='low beside metric'): best(**kw)
+    with pytest.raises(ValueError, match='low beside metric'): calm(snaps.average, l, last=2, low=True)
+    with pytest.raises(TypeError, match="low='yes'"): best(metric='nll', low='yes')
+    assert same(state(l.model), found)
+
+@pytest.mark.parametrize('low,names', [
+    (True, 'nll ece brier_score brier_score_loss mape smape err mean_absolute_error mse mae msle exp_rmspe perplexity error_rate wer cer hamming_loss valid_loss MyLoss top_5_error my_err'),
+    (False, 'accuracy score f1 f1_score fbeta_score precision recall_score r2 r2_score roc_auc_score dice_multi jaccard_coeff pearson_corr_coef corr matthews_corrcoef kappa bleu top_k top5 top_k_accuracy foreground_acc explained_variance iou balanced_accuracy_score'),
+    (None, 'gain mine slope_right neg_mean_absolute_error neg_log_loss recall_at_err corporate scores_of')])
+def test_what_names_tell(low, names):
+    assert {o:low_is_good(o) for o in names.split()}=={o:low for o in names.split()}
+    if low: assert low_is_good('validation error, %') and low_is_good('validation 1 - top_k_accuracy, %') and low_is_good('training loss')
 
 def test_the_best_by_accuracy_with_statistics_of_their_own():
     l,snaps,spy = fitted(Snapshots(every=1), 5, shuffle=False, drop_last=False)
@@ -266,6 +295,8 @@ def test_the_choice_is_the_lowest_of_all(places, chosen, kw, capsys):
     assert list(df.columns)==['loss','difference','error','chosen'] and df.chosen.sum()==1
     assert df.loss[df.chosen].item()<=df.loss['last weights']
     if chosen: assert df.index[df.chosen].item()==chosen
+    assert not capsys.readouterr().out                                 # under no_logging
+    with l.no_bar(): df = snaps.choose(l, ax=False)
     said = capsys.readouterr().out
     assert said.startswith(df.index[df.chosen].item()) and '1000 validation items' in said and 'flatters' in said and np.isfinite(df.attrs['flattery'])
 
