@@ -276,6 +276,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastswa.compare.FairCheck.parts': ('compare.html#faircheck.parts', 'fastswa/compare.py'),
                                  'fastswa.compare._worker_owner': ('compare.html#_worker_owner', 'fastswa/compare.py'),
                                  'fastswa.compare.compare_average': ('compare.html#compare_average', 'fastswa/compare.py'),
+                                 'fastswa.compare.mean_and_error': ('compare.html#mean_and_error', 'fastswa/compare.py'),
                                  'fastswa.compare.n_items': ('compare.html#n_items', 'fastswa/compare.py'),
                                  'fastswa.compare.some_batches': ('compare.html#some_batches', 'fastswa/compare.py'),
                                  'fastswa.compare.without_workers': ('compare.html#without_workers', 'fastswa/compare.py')},

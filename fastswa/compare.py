@@ -66,6 +66,8 @@ def n_items(dl)->int:
     most = (dl_len(dl) or 0)*batch_size(dl)
     return min(getattr(dl, 'n', None) or most, most)
 
+# the first ones: where validation data are sorted by class these have few of the classes, but batches from all over
+# would have to be found by reading the whole loader
 def some_batches(dl, n, at_least):
     "A loader of the data of `dl`, and how many of its batches (`at_least`) have `n` items at most. None: it has none"
     bs = batch_size(dl)
@@ -88,13 +90,20 @@ def without_workers(*dls):
     finally:
         for o,n in zip(owners, workers): o.num_workers = n
 
+def mean_and_error(values, sizes)->tuple:
+    "Mean of what batches of so many items have come to, each item counting alike, and its standard error"
+    mean = np.average(values, weights=sizes)
+    return mean,(np.average((values-mean)**2, weights=sizes)/(len(values)-1))**.5
+
 @dataclass
 class FairCheck:
-    "Whether an average is clearly worse than the last weights, statistics measured for both, at the end of a fit"
+    """Whether an average is clearly worse than the last weights, statistics measured for both, at the end of a fit: on
+    the first items of the validation data, see `some_batches`"""
     average:ModelAverage     # Its statistics are known
     learn:Learner            # In the fit's end
     state:FitState           # Of this fit
     n_batches:int=None       # Training batches that the average's statistics have seen. None: all
+    sizes:list=()            # Items in each of the validation batches that `losses` saw last
 
     def parts(self):
         "Training and validation batches to use, as `some_batches` gives them; None where these are too few"
@@ -114,20 +123,22 @@ class FairCheck:
             dl,n = train
             stats = measure_bn(self.learn, self.average.layers, dl=dl, n_batches=n, inner=True) or BNStats([])
         dl,n = valid
-        with stats.swapped(): return np.array(score(self.learn, dl=dl, n_batches=n, comment='check', inner=True).losses)
+        with stats.swapped(): meter = score(self.learn, dl=dl, n_batches=n, comment='check', inner=True)
+        self.sizes = meter.sizes
+        return np.array(meter.losses)
 
     def __call__(self)->tuple: # Loss of the average, of the last weights, number of items. None: not worse, or unknown
         parts = self.parts()
         if parts is None: return None
         train,n_train = parts[0]
-        valid,n_valid = parts[1]
         whole = train is self.learn.dls.train and n_train==len(train) and self.n_batches is None
-        with warnings.catch_warnings(), without_workers(train, valid):
+        with warnings.catch_warnings(), without_workers(train, parts[1][0]):
             warnings.simplefilter('ignore')                      # what there is to say of the statistics has been said
             last = self.losses(*parts)
             with self.average.weights.swapped(unwrap(self.learn.model)):
                 mean = self.losses(*parts, self.average.stats if whole else None)
         if len(last)!=len(mean) or len(last)<2: return None
-        worse,err = (mean-last).mean(),(mean-last).std()/(len(last)-1)**.5
-        if not worse>max(2*err, .01*abs(last.mean())) or rank_distrib(): return None
-        return mean.mean(),last.mean(),n_valid*batch_size(valid)
+        worse,err = mean_and_error(mean-last, self.sizes)
+        mean,last = (np.average(o, weights=self.sizes) for o in (mean,last))
+        if not worse>max(2*err, .01*abs(last)) or rank_distrib(): return None
+        return mean,last,sum(self.sizes)

@@ -5,9 +5,11 @@ import pytest, torch
 from common import *
 from fastswa import callback
 from fastswa.callback import SWA
-from fastswa.compare import FairCheck
+from fastswa.average import WeightAverage
+from fastswa.compare import FairCheck, mean_and_error
 from fastswa.ema import EMA
 from fastswa.learner import score
+from fastswa.model_average import ModelAverage
 
 def worse(f):
     "The warnings that the average is worse"
@@ -223,6 +225,50 @@ def test_the_check_starts_no_workers_and_has_four_batches(monkeypatch):
     l = odd_learner(FastaiDataLoader(train, bs=50, num_workers=1), FastaiDataLoader(valid, bs=300, num_workers=1))
     assert not told(lambda: fit(l, 6, cbs=[SWA(), Over()]), 'check')
     assert [len(o) for o in seen]==[4,4] and [o.fake_l.num_workers for o in l.dls]==[1,1]
+
+class MadeUp(FairCheck):
+    "With losses that are made up for the last weights, then for the average, in batches of these sizes"
+    def parts(self): return (self.learn.dls.train,1),(self.learn.dls.valid,1)
+    def losses(self, *args):
+        self.sizes,losses = self.made.pop(0)
+        return np.array(losses, dtype=float)
+
+def made_up(last, mean, sizes):
+    l = linear()
+    avg = ModelAverage(WeightAverage(l.model))
+    avg.take(l.model)
+    check = MadeUp(avg, l, None)
+    check.made = [(sizes,last), (sizes,mean)]
+    return check()
+
+@pytest.mark.parametrize('last,mean', [([1,2,3,2], [1.5,2.4,3.6,2.5]), ([1,2,3,2], [1.5,1.6,3.6,2.1]), ([5,5,5], [5.04,5.04,5.04]), ([4,2], [5,4])])
+def test_equal_batches_count_alike(last, mean):
+    d = np.subtract(mean, last)
+    clearly = d.mean()>max(2*d.std()/(len(d)-1)**.5, .01*np.mean(last))
+    got = made_up(last, mean, [7]*len(d))
+    assert got==pytest.approx((np.mean(mean), np.mean(last), 7*len(d))) if clearly else got is None
+
+def test_every_item_counts_alike_in_the_check():
+    "Against what the items' own losses say, and their own standard error on average"
+    last,mean,sizes = [1.,1.2,.9,1.1,1.],[1.1,1.31,1.,1.2,.2],[50,50,50,50,2]
+    got = made_up(last, mean, sizes)                     # two items of 202 are better
+    assert got==pytest.approx((np.average(mean, weights=sizes), np.average(last, weights=sizes), 202))
+    assert made_up(last, [1.,1.2,.9,1.1,9.], sizes) is None                                     # or worse
+    d,n = np.random.default_rng(0).normal(0, 1, (20000,152)),[50,50,50,2]
+    parts = np.stack([o.mean(1) for o in np.split(d, np.cumsum(n)[:-1], axis=1)], 1)
+    errs = [mean_and_error(o, n)[1]**2 for o in parts]
+    assert np.mean(errs)==pytest.approx(1/152, rel=.03)   # 20000 made-up walks: their own error is .6%
+    assert mean_and_error(parts[0], n)[0]==pytest.approx(d[0].mean())
+
+def test_the_check_weighs_a_small_last_batch_by_its_items():
+    "600 validation items in batches of 64, the last of 24: on all of them, as `validate` has it"
+    l,swa,f = walk([4., 2.], bs=50, n_valid=600, valid_bs=64, epochs=32)
+    worse(f)
+    swa.restore(l)
+    with quiet(l): got = FairCheck(swa._average, l, swa.fit_state)()
+    last = validate(l)[0]
+    swa.apply(l)
+    np.testing.assert_allclose(got, (validate(l)[0],last,600), rtol=1e-5)
 
 def test_an_ema_that_lags_says_what_follows_faster():
     l,ema,f = walk([4., 2.], swa=EMA(.9, start=.75))
