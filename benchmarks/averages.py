@@ -402,6 +402,24 @@ def judge_table(res, arm='auto', names=None):
         rows.append([tasks[k]['says'], f'`{f}`', cells[0], words[b].split(':')[0], cells[1]])
     return rows_to_text(rows)
 
+def in_sum(res, arm, against, names=None):
+    "The loss of an arm against another over all fits: mean of the relative differences in %, and its standard error"
+    ds = []
+    for k,f in fits_of(res, names or judging):
+        a,b = of(res, k, f, arm),of(res, k, f, against)
+        d = difference(a, b)
+        if d: ds.append([100*o/mean(v['loss'] for v in b.values()) for o in d[:2]])
+    return mean(o for o,_ in ds),sum(e*e for _,e in ds)**.5/len(ds)
+
+def stats_table(res):
+    "What measuring BatchNorm statistics gives alone, and what averaging gives: test loss, differences from running ones"
+    rows = [['task', 'fit', words['running'], 'after `learn.update_bn()`', words['SWA']]]
+    for k,f in fits_of(res, [o for o in tasks if o!='movies']):     # that network has no BatchNorm
+        run = of(res, k, f, 'running')
+        cells = [with_error(difference(of(res, k, f, o), run)) for o in ('control','SWA')]
+        rows.append([tasks[k]['says'], f'`{f}`', f'{mean(o["loss"] for o in run.values()):.3f}', *cells])
+    return rows_to_text(rows)
+
 def cost_table(res):
     """Time of training as a multiple of the plain fit's, networks that are evaluated for a prediction, and sets of
     weights that are held beside the model's own"""
@@ -420,7 +438,7 @@ def tune_table(res):
 def show(res):
     for k in tasks:
         if fits_of(res, [k]): print(task_table(res, k), end='\n\n')
-    print(count_table(res), judge_table(res), cost_table(res), sep='\n\n')
+    print(count_table(res), stats_table(res), judge_table(res), cost_table(res), sep='\n\n')
 
 # What is computed
 
