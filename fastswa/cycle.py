@@ -44,6 +44,7 @@ class FitState:
     cycle_lrs:tuple=None            # Rates at both ends of a cycle, an array each; None until the first cycle begins
     lrs:list=field(default_factory=list)      # Rate of the last group in each iteration since `first_iter`
     warned:set=field(default_factory=set)     # What was warned of
+    auto:dict=None                  # What an automatic start has seen and decided, in plain numbers; None without one
 
     def look_ahead(self):
         "Find out when weights are taken next"
@@ -79,6 +80,7 @@ class FitState:
         "What a fit that goes on has to get back"
         peaks,moms = (None if o is None else [float(v) for v in o] for o in (self.peaks,self.held_moms))
         res = dict(done=self.done, peaks=peaks, moms=moms)
+        if self.auto is not None: res['auto'] = dict(self.auto)
         return dict(res, steps=self.steps, taken_at=self.taken_at) if self.steps else res
 
     def go_on(self, saved):
@@ -87,6 +89,7 @@ class FitState:
         self.peaks = None if peaks is None else np.array(peaks, dtype=float)
         self.held_moms = None if moms is None else list(moms)
         self.done,self.steps,self.taken_at = saved['done'],saved.get('steps', 0),saved.get('taken_at', 0)
+        self.auto = saved.get('auto')
 
 # %% ../nbs/28_cycle.ipynb #92f89bff
 def get_sched(
@@ -322,7 +325,9 @@ def warn_of_plan(cb):
         given = '' if cb.start is None else f'(start={cb.start!r})'
         hint = 'A share such as start=0.75 fits every length.' if given and cycles.n_iter else ''
         cb.warn_once('never', f'{name}{given} will never start, {why}: nothing is {cb.verb()}. {hint}')
-    elif cb.lr_leader is None and cb.sets_lr([]) and learn._grab_cbs(ReduceLROnPlateau):
+        return
+    sets_lr = cb.lr_leader is None and cb.sets_lr([]) and cycles.begin<cycles.ends[-1]
+    if sets_lr and learn._grab_cbs(ReduceLROnPlateau):
         cb.warn_once('plateau', f'{name} sets the learning rate from iteration {cycles.begin} on, '
                                 f'ReduceLROnPlateau has no effect there{cb.plateau_hint()}')
 

@@ -6,13 +6,9 @@
 __all__ = ['Plane', 'plot_plane', 'Ray', 'plot_ray', 'Width', 'plot_width']
 
 # %% ../nbs/50_landscape.ipynb #532a7aaa
-import inspect, os, warnings
+import inspect
 from collections.abc import Mapping
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from itertools import count
-from pathlib import Path
 from textwrap import fill
 
 import matplotlib.pyplot as plt
@@ -20,204 +16,11 @@ import numpy as np
 import torch
 from matplotlib.colors import BoundaryNorm
 from matplotlib.patheffects import withStroke
-from torch import nn
-from fastai.callback.rnn import ModelResetter
-from fastai.learner import AvgLoss, Learner, load_model
-from fastai.torch_core import apply, find_bs, num_distrib
+from fastai.learner import Learner
 
-from .average import all_finite
-from .learner import ScoreMeter, copy_metric, isolated_pass, measure_bn, model_metrics, pass_bar
-from .learner import run_pass, trained_layers
-from .params import as_real, as_trained, movers, named_params, swap_params, unwrap, wide_dtype
-from .utils import check_count, check_number, is_int, text_table, uninterrupted
-
-# %% ../nbs/50_landscape.ipynb #99d29cac
-class _StateReader:
-    "Stands in for a model, so that fastai itself reads the file"
-    def load_state_dict(self, state, strict): self.state = state
-
-def _read(learn, file):
-    "What is in a file, named by its path or as for `learn.load`"
-    paths = [Path(file), learn.path/learn.model_dir/f'{file}.pth']
-    found = [o for o in paths if o.is_file()]
-    if not found: raise ValueError(f'no such file: neither {paths[0]} nor {paths[1]}')
-    reader = _StateReader()
-    load_model(found[0], reader, None, with_opt=False)
-    return reader.state
-
-def _named(learn, w, name):
-    "Name and tensor of all weights in `w`; a mapping may hold more than parameters"
-    if w is None: w = learn
-    if isinstance(w, (str,os.PathLike)): w = _read(learn, w)
-    if isinstance(w, Learner): w = w.model
-    if isinstance(w, nn.Module): return named_params(w)
-    kind = type(w).__name__
-    if hasattr(w, 'state_dict'): w = w.state_dict()       # an average, or a callback that has one
-    if isinstance(w, Mapping):
-        if w.get('n', 1)==0: raise ValueError(f'{name}: nothing has been averaged yet')
-        for k in ('model','average'):
-            if isinstance(w.get(k), Mapping): w = w[k]
-    if not isinstance(w, Mapping) or not all(isinstance(o, torch.Tensor) for o in w.values()):
-        raise TypeError(f'{name}: a set of weights is a model, a Learner, a state_dict, a WeightAverage, an SWA '
-                        f"callback, a file that learn.save wrote, or None for the learner's own weights, not {kind}")
-    return w
-
-# %% ../nbs/50_landscape.ipynb #3dd18e93
-def _check_architecture(model, w, name):
-    "ValueError for named weights `w`, called `name`, that are not those of such a model"
-    own = named_params(model)
-    missing,more = [k for k in own if k not in w],set(w)-set(own)-set(model.state_dict())
-    if missing or more:
-        first = f'it has no {missing[0]}' if missing else f'the model has no {min(more)}'
-        raise ValueError(f"{name} is of another architecture than the learner's model: {first} "
-                         f'({len(missing)} of {len(own)} parameters are missing, {len(more)} are unknown)')
-    bad = next((k for k,p in own.items() if w[k].shape!=p.shape), None)
-    if bad is not None:
-        raise ValueError(f"{name}: {bad} has the shape {tuple(w[bad].shape)}, "
-                         f"the learner's model has {tuple(own[bad].shape)}")
-
-@torch.no_grad()
-def _weights(learn, w, name):
-    "The set of weights `w`, called `name`, as copies in float32 or better, in the order of the model's parameters"
-    model,w = unwrap(learn.model),_named(learn, w, name)
-    _check_architecture(model, w, name)
-    res = [w[k].detach().to(p.device, wide_dtype(p.dtype), copy=True) for k,p in named_params(model).items()]
-    if not all_finite(res): raise ValueError(f'{name} has weights that are not finite (a training that diverged?)')
-    return res
-
-# %% ../nbs/50_landscape.ipynb #4a1d4b3c
-def _clone(o): return o.clone() if isinstance(o, torch.Tensor) else o
-
-class _Batches(list):
-    "Batches kept in memory. Each pass gets copies: a model that works in place on its input would spoil them"
-    def __iter__(self): return (apply(_clone, b) for b in super().__iter__())
-
-def _keep(dl, n, spread, check=lambda: None):
-    """Whole batches of `dl` with `n` items or a few more, None for all: the first ones, or some spread evenly.
-
-    `check` is called before each."""
-    res,total,k = _Batches(),len(dl),len(dl)
-    for i,b in enumerate(dl):
-        check()
-        if i==0 and n is not None: k = min(total, -(-n//find_bs(b)))
-        if not spread and i==k: break
-        if not spread or (i+1)*k//total>i*k//total: res.append(b)
-    return res
-
-# %% ../nbs/50_landscape.ipynb #3949dbb3
-_JOINED = 2**20   # elements in the first input of a joined batch, at most: beyond a few MB nothing is gained
-
-def _is_plain(b):
-    "Whether a batch is a tuple or a list of tensors, with a row for each item"
-    if type(b) not in (tuple,list) or not len(b): return False
-    return all(isinstance(t, torch.Tensor) and t.dim() and len(t)==len(b[0]) for t in b)
-
-def _joinable(a, b):
-    "Whether two batches can be one"
-    kinds = lambda o: [(t.shape[1:],t.dtype,t.device,type(t)) for t in o]
-    return _is_plain(a) and _is_plain(b) and kinds(a)==kinds(b)
-
-def _join(bs):
-    "Neighbouring batches as one, where they fit together and are small"
-    groups,size = [],0
-    for b in bs:
-        if groups and _joinable(groups[-1][-1], b) and size+b[0].numel()<=_JOINED:
-            groups[-1].append(b)
-            size += b[0].numel()
-        else:
-            groups.append([b])
-            size = b[0].numel() if _is_plain(b) else 0
-    return _Batches(g[0] if len(g)==1 else type(g[0])(map(torch.cat, zip(*g))) for g in groups)
-
-# %% ../nbs/50_landscape.ipynb #765b0211
-def _shown(name):
-    "What a picture shows of a metric: a heading, and a function of its value"
-    if name=='error_rate': return 'validation error, %',lambda v: 100*v
-    if name=='accuracy': return 'validation error, %',lambda v: 100*(1-v)
-    if 'accuracy' in name: return f'validation 1 - {name}, %',lambda v: 100*(1-v)
-    return f'validation {name}',lambda v: v
-
-def _low_is_good(head): return head.endswith(('loss','error, %')) or ' 1 - ' in head
-
-def _metric(learn, metric):
-    "A copy of the learner's metric that was asked for, its heading and a function of its value; None for no metric"
-    mets = model_metrics(learn)
-    if metric is False or (metric is None and not mets): return None
-    m = next((m for m in mets if metric in (None,m.name)), None)
-    if m is None:
-        raise ValueError(f'metric={metric!r} is none of the learner: choose among {[m.name for m in mets]}, '
-                         'or False for no metric')
-    if metric is not None and len(learn.dls.loaders)<2:
-        raise ValueError(f'metric={metric!r}: this learner has no validation data to measure it on')
-    return copy_metric(m),*_shown(m.name)
-
-# %% ../nbs/50_landscape.ipynb #c99a5aa1
-def _move(to, origin, steps):
-    "Write origin + sum of t*direction into the tensors `to`"
-    torch._foreach_copy_(to, origin)
-    for t,d in steps:
-        if t: torch._foreach_add_(to, d, alpha=float(t))
-
-class _Surface:
-    "The losses of a learner's model at any place of weight space, of the same batches everywhere"
-    def __init__(self, learn, metric):
-        model = unwrap(learn.model)
-        self.learn,self.metric,self.layers = learn,_metric(learn, metric),trained_layers(learn)
-        self.params = list(named_params(model).values())
-        self.place = [torch.empty_like(p, dtype=wide_dtype(p.dtype)) for p in self.params]   # one after the other
-        self.as_trained = partial(as_trained, model, movers(model))
-
-    def keep_batches(self, n_train, n_valid, check):
-        "Have the batches that all places will see; `check` is called between them"
-        loaders = self.learn.dls
-        self.train = _keep(loaders.train, n_train, False, check)
-        self.valid = _keep(loaders[1], n_valid, True, check) if len(loaders.loaders)>1 else _Batches()
-        if not any(isinstance(cb, ModelResetter) for cb in self.learn.cbs): self.train = _join(self.train)
-        if not self.train:
-            raise ValueError('the training DataLoader gave no batch (fewer items than a batch, and drop_last?)')
-
-    def score(self, dl, *mets):
-        "Loss and metrics of the weights and statistics that are in the model now"
-        meter = ScoreMeter([AvgLoss(), *mets])
-        with isolated_pass(self.learn, dl, [meter]): run_pass(self.learn)
-        return [float(v) for v in meter.values()]
-
-    def own_stats(self):
-        "A context with the BatchNorm statistics that belong to the weights that are in the model now"
-        stats = measure_bn(self.learn, self.layers, dl=self.train)
-        return nullcontext() if stats is None else stats.swapped()
-
-    def at(self, origin, *steps):
-        "Heading -> value at the origin plus the sum of t*direction, `steps` being pairs of these"
-        _move(self.place, origin, steps)
-        with swap_params(self.params, self.place, self.as_trained), self.own_stats():
-            res = {'training loss': self.score(self.train)[0]}
-            if not self.valid: return res
-            if self.metric is None: return {**res, 'validation loss': self.score(self.valid)[0]}
-            metric,head,shown = self.metric
-            loss,val = self.score(self.valid, metric)
-            return {**res, 'validation loss': loss, head: shown(val)}
-
-# %% ../nbs/50_landscape.ipynb #80374c02
-@contextmanager
-def _measuring(learn, metric, n_train, n_valid, total, inner=False):
-    "Inside the block: a function like `_Surface.at`, which will be called `total` times; nothing is changed by it"
-    n_train,n_valid = check_count(n_train, 'n_train', None),check_count(n_valid, 'n_valid', None)
-    if num_distrib()>1:
-        raise RuntimeError(f'pictures are drawn by one process, and this is one of {num_distrib()}: save the weights '
-                           '(learn.save, swa.save) and draw them in another run, without torchrun')
-    surface,bar,places = _Surface(learn, metric),pass_bar(learn, total, 'loss surface'),count(1)
-    with (uninterrupted(patience=1) as check, torch.no_grad(), warnings.catch_warnings(),
-          isolated_pass(learn, learn.dls.train, bar=bar, inner=inner)):
-        warnings.filterwarnings('ignore', 'the inputs of .* were not finite')   # far out they may be: it will be seen
-        learn.create_mbar = False                                               # no bars within ours
-        surface.keep_batches(n_train, n_valid, check)
-        def measure(*place):
-            res = surface.at(*place)
-            bar.update(next(places))
-            check()
-            return res
-        yield measure
+from .params import as_real, named_params
+from .surface import low_is_good, measuring, read_weights
+from .utils import check_count, check_number, is_int, text_table
 
 # %% ../nbs/50_landscape.ipynb #f0a13d30
 def _table(rows):
@@ -385,7 +188,7 @@ class Plane(_Affine):
         self.fig,axs = self._axes(heads, width, height, axs)
         for ax,head in zip(axs[0],heads):
             z,marked = self.values[head],[o[head] for o in self.at.values()]
-            levels = _levels(z, marked, top.get(head), _low_is_good(head))
+            levels = _levels(z, marked, top.get(head), low_is_good(head))
             _contours(ax, self.xs, self.ys, z, levels, cmap)
             ax.set(title=head, xlabel='distance in weight space')
             for name,p in self.points.items(): self._mark(ax, name, *p)
@@ -414,12 +217,12 @@ def plane(
     if 'mean' in sets:
         raise ValueError("weights: 'mean' is what the picture calls the average of the three, give another name")
     n,margin = check_count(n, 'n', None, 3, none=False),check_number(margin, 'margin', least=0)
-    names,ws = list(sets),[_weights(learn, w, k) for k,w in sets.items()]
+    names,ws = list(sets),[read_weights(learn, w, k) for k,w in sets.items()]
     u,v,coords = _span(*ws, names)
     xs,ys = _grid(coords, n, margin)
     points = dict(zip(names,coords), mean=tuple(np.mean(coords, 0).tolist()))
-    with _measuring(learn, metric, n_train, n_valid, len(xs)*len(ys)+4, inner) as measure:
-        place = lambda x,y: measure(ws[0], (x,u), (y,v))
+    with measuring(learn, metric, n_train, n_valid, len(xs)*len(ys)+4, inner) as surface:
+        place = lambda x,y: surface.at(ws[0], (x,u), (y,v))
         at = {k:place(*p) for k,p in points.items()}
         rows = [[place(x,y) for x in xs] for y in ys]
     values = {h:np.array([[o[h] for o in row] for row in rows]) for h in at['mean']}
@@ -502,7 +305,7 @@ class Ray(_Affine):
 # %% ../nbs/50_landscape.ipynb #9d2e9bcb
 def _ends(learn, w_from, w_to, names):
     "Both sets of weights, and the way from one to the other. Raises ValueError where there is none"
-    w0,w1 = (_weights(learn, w, k) for w,k in zip((w_from,w_to), names))
+    w0,w1 = (read_weights(learn, w, k) for w,k in zip((w_from,w_to), names))
     way = _sub(w1,w0)
     if _norm(way)<=1e-6*_norm(w0):
         raise ValueError(f'{names[0]} and {names[1]} are the same weights: no line goes through them')
@@ -532,8 +335,8 @@ def ray(
     w0,way = _ends(learn, w_from, w_to, names)
     ts = np.linspace(lo, hi, n)
     ts = np.sort(np.r_[ts[(abs(ts)>1e-6)&(abs(ts-1)>1e-6)], 0, 1])
-    with _measuring(learn, metric, n_train, n_valid, len(ts), inner) as measure:
-        vals = [measure(w0, (t,way)) for t in ts]
+    with measuring(learn, metric, n_train, n_valid, len(ts), inner) as surface:
+        vals = [surface.at(w0, (t,way)) for t in ts]
     values = {h:np.array([o[h] for o in vals]) for h in vals[0]}
     at = {k:vals[ts.tolist().index(t)] for k,t in zip(names,(0,1))}
     keys = list(named_params(learn.model))
@@ -627,12 +430,12 @@ def width(
     if radius==0: raise ValueError('radius=0: give a number above 0, or None')
     n,n_dirs = check_count(n, 'n', None, 2, none=False),check_count(n_dirs, 'n_dirs', None, none=False)
     if not is_int(seed): raise TypeError(f'seed={seed!r}: give a whole number')
-    ws = {k:_weights(learn, w, k) for k,w in sets.items()}
+    ws = {k:read_weights(learn, w, k) for k,w in sets.items()}
     if radius is None: radius = .5 if filterwise else .5*_norm(next(iter(ws.values())))
     radii,dirs = np.linspace(0, radius, n),_random_dirs(ws, n_dirs, int(seed), filterwise)
-    with _measuring(learn, metric, n_train, n_valid, len(ws)*(1+n_dirs*(n-1)), inner) as measure:
-        start,rays = {k:measure(w) for k,w in ws.items()},{k:[] for k in ws}
-        for k,d in dirs: rays[k].append([start[k], *(measure(ws[k], (r,d)) for r in radii[1:])])
+    with measuring(learn, metric, n_train, n_valid, len(ws)*(1+n_dirs*(n-1)), inner) as surface:
+        start,rays = {k:surface.at(w) for k,w in ws.items()},{k:[] for k in ws}
+        for k,d in dirs: rays[k].append([start[k], *(surface.at(ws[k], (r,d)) for r in radii[1:])])
     heads = next(iter(start.values()))
     values = {h:{k:np.array([[o[h] for o in ray] for ray in rs]) for k,rs in rays.items()} for h in heads}
     return Width(radii, values, filterwise)

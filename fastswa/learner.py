@@ -238,7 +238,10 @@ def _why_cut(cut, cbs):
 
 _replacing = contextmanager(replacing_yield)     # a bare generator in fastai: an attribute is put back after the block
 
-def _is_shared(learn, dl):
+def is_shared(
+    learn, # A learner
+    dl, # The DataLoader that is to be used
+)->bool:
     "Whether all processes measure together, each its part of the data"
     return world_size()>1 and (is_ddp(learn.model) or any(map(is_distributed, learn.cbs)) or is_sharded(dl))
 
@@ -260,7 +263,7 @@ def measure_bn(
     total = min(len(dl), n_batches or len(dl))
     if bs is not None: total = -(-total*reducible_bs(dl)//bs)
     bar,names,kept = pass_bar(learn, total),layer_names(learn.model, layers),forward_cbs(learn.cbs)
-    with together(_is_shared(learn, dl), layers[0].running_mean.device) as group:
+    with together(is_shared(learn, dl), layers[0].running_mean.device) as group:
         with isolated_pass(learn, dl, bar=bar, inner=inner), _replacing(learn, 'model', learn.model):
             if bs is not None: rebatch(dl, bs)
             # a distributed trainer may just have made SyncBatchNorm of the layers
@@ -302,7 +305,7 @@ def measure_bn_within_memory(
 
     Raises torch.OutOfMemoryError if it does not suffice for the smallest either."""
     dl,bs = learn.dls.train if dl is None else dl,None
-    shared = bool(layers) and _is_shared(learn, dl)
+    shared = bool(layers) and is_shared(learn, dl)
     while True:
         try:
             res = measure_bn(learn, layers, n_batches, dl, bs, inner)

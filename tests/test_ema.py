@@ -263,6 +263,16 @@ def test_save_model_on_the_column_of_one_that_only_watches(kw, tmp_path):
         k = 5*(1+int(np.argmin(losses)))
         assert_close(other.model, by_hand(spy.ws[:k], .5**(1/(.2*20))))
 
+def test_the_best_average_knows_what_is_in_it(tmp_path):
+    class Made(Callback):
+        "The ema_loss of each epoch, made up: the second is the best"
+        order = Recorder.order+1
+        def after_epoch(self): self.learn.recorder.values[-1][self.learn.recorder.metric_names.index('ema_loss')-1] = [3.,1.,2.,4.][self.learn.epoch]
+    l,ema,spy = learner(path=tmp_path),EMA(.2, eval_every=1),Spy()
+    fit(l, 4, cbs=[ema, SaveModelCallback(monitor='ema_loss'), Made(), spy])
+    assert_close(l.model, by_hand(spy.ws[:10], .5**(1/(.2*20))))
+    assert ema.n_averaged==10 and ema.collected==[1,10]
+
 def test_with_an_ensemble():
     l,ema,snap = learner(),EMA(install=True),SnapshotEnsemble(2)
     fit(l, 4, cbs=[ema, snap])

@@ -12,7 +12,9 @@ from fastswa.batchnorm import update_bn
 from fastswa.learner import trained_layers
 from fastswa.callback import SWA
 from fastswa.landscape import *
-from fastswa.landscape import _join,_keep,_levels,_norm,_weights,plane,ray,width
+from fastswa import surface
+from fastswa.landscape import _levels,_norm,plane,ray,width
+from fastswa.surface import join_batches,keep_batches,read_weights
 from test_applications import tabular,text,torch_loaders,vision
 
 TR,VL,VE = 'training loss','validation loss','validation error, %'
@@ -42,7 +44,7 @@ def direct(learn, named, n_train=None, n_valid=None, refresh=True):
     "Loss on training batches, loss and error on validation batches, by hand: own copy of the model, own statistics, own sums"
     st = torch.get_rng_state(),random.getstate(),np.random.get_state()
     loaders = [deepcopy(o) for o in learn.dls]      # or their own streams would move on
-    tr,va = _join(_keep(loaders[0], n_train, False)),_keep(loaders[1], n_valid, True)
+    tr,va = join_batches(keep_batches(loaders[0], n_train, False)),keep_batches(loaders[1], n_valid, True)
     torch.set_rng_state(st[0]); random.setstate(st[1]); np.random.set_state(st[2])
     m = deepcopy(learn.model)
     m.load_state_dict(named, strict=False)
@@ -101,7 +103,7 @@ def test_ray_passes_through_both_ends():
     l,ws = made()
     r = calm(plot_ray, l, ws[0], ws[1], names=('A','B'), n=6, lo=-.3, hi=1.2)
     assert r.ts[0]==-.3 and r.ts[-1]==1.2 and {0.,1.}<=set(r.ts.tolist()) and len(r.ts)==7 and (np.diff(r.ts)>0).all()
-    assert r.length==pytest.approx(_norm([a-b for a,b in zip(_weights(l,ws[0],''),_weights(l,ws[1],''))]))
+    assert r.length==pytest.approx(_norm([a-b for a,b in zip(read_weights(l,ws[0],''),read_weights(l,ws[1],''))]))
     for name,w,t in (('A',ws[0],0),('B',ws[1],1)):
         want = direct(l, {k:w[k] for k,_ in l.model.named_parameters()})
         assert close(r.at[name], want) and close({h:v[r.ts.tolist().index(t)] for h,v in r.values.items()}, want)
@@ -119,11 +121,11 @@ def test_ray_passes_through_both_ends():
 
 def test_width_same_directions_right_radius(monkeypatch):
     l,ws = made()
-    seen,moved = [],landscape._move
+    seen,moved = [],surface._move
     def move(to, origin, steps):
         moved(to, origin, steps)
         seen.append(torch.cat([(a-o).flatten() for a,o in zip(to,origin)]))
-    monkeypatch.setattr(landscape, '_move', move)
+    monkeypatch.setattr(surface, '_move', move)
     w = calm(plot_width, l, dict(a=ws[0], b=ws[1]), radius=3, n=3, n_dirs=2)
     np.testing.assert_allclose(w.radii, [0,1.5,3])
     np.testing.assert_allclose([o.norm() for o in seen], [0,0]+[1.5,3]*4, rtol=1e-4)
@@ -131,7 +133,7 @@ def test_width_same_directions_right_radius(monkeypatch):
     torch.testing.assert_close(a1, b1, atol=1e-5, rtol=1e-3); torch.testing.assert_close(2*a1, a2, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(c2, d2, atol=1e-5, rtol=1e-3)
     assert abs(a2@c2)/9<.2                       # another direction
-    origin = dict(zip(dict(l.model.named_parameters()), _weights(l, ws[1], '')))
+    origin = dict(zip(dict(l.model.named_parameters()), read_weights(l, ws[1], '')))
     vec,at = b2,0
     for k,p in origin.items(): origin[k] = p+vec[at:at+p.numel()].view(p.shape); at += p.numel()
     assert close({h:v['b'][0,2] for h,v in w.values.items()}, direct(l, origin))
@@ -165,7 +167,7 @@ def test_filterwise_is_blind_to_scale():
 def test_width_default_radius():
     l,ws = made(plain_net())
     w = calm(width, l, ws[:1], n=2, n_dirs=1, n_train=1, n_valid=1)
-    assert w.radii[-1]==pytest.approx(_norm(_weights(l, ws[0], ''))/2) and list(w.values[VL])==['W1']
+    assert w.radii[-1]==pytest.approx(_norm(read_weights(l, ws[0], ''))/2) and list(w.values[VL])==['W1']
 
 # ---- statistics
 
@@ -319,12 +321,12 @@ def test_everything_that_is_a_set_of_weights(tmp_path):
     assert not same(own, want)
     for o in (swa, avg, other, other.state_dict(), dict(other.named_parameters()), learner(other), 'here', 'bare', tmp_path/'swa.pth', str(tmp_path/'sd.pt'), avg.state_dict(),
               {'model':other.state_dict(),'opt':{}}, torch.nn.DataParallel(other)):
-        assert same(_weights(l, o, 'W'), want)
-    for o in (None, l, l.model): assert same(_weights(l, o, 'W'), own)
-    assert not {p.data_ptr() for p in l.model.parameters()}&{p.data_ptr() for p in _weights(l, None, 'W')}      # copies
+        assert same(read_weights(l, o, 'W'), want)
+    for o in (None, l, l.model): assert same(read_weights(l, o, 'W'), own)
+    assert not {p.data_ptr() for p in l.model.parameters()}&{p.data_ptr() for p in read_weights(l, None, 'W')}      # copies
     half = {k:v.half() if v.is_floating_point() else v for k,v in other.state_dict().items()}
-    assert {o.dtype for o in _weights(l, half, 'W')}=={torch.float32}
-    swa.apply(l); assert same(_weights(l, swa, 'W'), want)
+    assert {o.dtype for o in read_weights(l, half, 'W')}=={torch.float32}
+    swa.apply(l); assert same(read_weights(l, swa, 'W'), want)
 
 def test_half_precision_and_integers():
     class M(nn.Module):
@@ -424,7 +426,7 @@ def test_metric_objects_are_not_used_up():
 
 def test_subsets():
     bs = [(torch.full((10,1),float(i)),torch.arange(10)) for i in range(12)]
-    pick = lambda n,spread: [int(b[0][0]) for b in _keep(bs, n, spread)]
+    pick = lambda n,spread: [int(b[0][0]) for b in keep_batches(bs, n, spread)]
     assert pick(None,True)==pick(None,False)==pick(999,True)==list(range(12)) and pick(25,False)==[0,1,2] and pick(10,False)==[0]
     assert pick(40,True)==[2,5,8,11] and pick(1,True)==[11] and pick(50,True)==sorted(set(pick(50,True))) and len(pick(50,True))==5
     l,ws = made()
@@ -438,14 +440,14 @@ def test_subsets():
 
 def test_joined_batches():
     b = lambda n,*s,dtype=torch.float: (torch.rand(n,*s).to(dtype),torch.arange(n))
-    sizes = lambda bs: [len(o[0]) for o in _join(bs)]
+    sizes = lambda bs: [len(o[0]) for o in join_batches(bs)]
     assert sizes([b(3,2),b(3,2),b(1,2)])==[7] and sizes([b(3,2),b(3,4),b(2,4)])==[3,5] and sizes([b(2,1),b(2,1,dtype=torch.int)])==[2,2]
     assert sizes([b(2,2**18),b(2,2**18),b(2,2**18)])==[4,2]
     odd = [({'x':torch.ones(2)},torch.ones(2)), torch.ones(2,2), (torch.ones(2,1),torch.tensor(1.)), (torch.ones(2,1),torch.ones(3))]
-    for o in odd: assert len(_join([o,o]))==2
-    x,y = _join([b(2,3),b(1,3)])[0]
-    assert isinstance(_join([list(b(2,3))]*2)[0], list) and y.tolist()==[0,1,0]
-    a = _join([(TensorImage(torch.ones(2,3)),TensorCategory(torch.ones(2)))]*2)[0]
+    for o in odd: assert len(join_batches([o,o]))==2
+    x,y = join_batches([b(2,3),b(1,3)])[0]
+    assert isinstance(join_batches([list(b(2,3))]*2)[0], list) and y.tolist()==[0,1,0]
+    a = join_batches([(TensorImage(torch.ones(2,3)),TensorCategory(torch.ones(2)))]*2)[0]
     assert type(a[0]) is TensorImage and a[0].shape==(4,3)
 
 def test_bar(monkeypatch):

@@ -1,0 +1,295 @@
+"`SWA(start='auto')`: when the rate is held, which window is put in, and what it never does"
+import warnings
+
+import pytest, torch
+from common import *
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastswa import auto
+from fastswa.auto import AutoStart, NestedMeans, WindowChoice, clearly_falls
+from fastswa.callback import SWA
+from fastswa.ema import EMA
+from fastswa.ensemble import FGE
+from test_resume import Checkpoint
+
+def new(**kw): return SWA(start='auto', **kw)
+
+class Falls:
+    "What the look at the losses says, and how often they were looked at"
+    def __init__(self, monkeypatch, answer): self.n,self.answer = 0,answer; monkeypatch.setattr(auto, 'clearly_falls', self)
+    def __call__(self, *args): self.n += 1; return self.answer
+
+# ---- whether the loss still falls
+
+@pytest.mark.parametrize('values,want', [([3.,2.,1.], True), ([3.,2.], False), ([1.,2.,3.], False), ([1.,1.,1.], False), ([9.,8.,7.,1.,1.,1.], False),
+    ([9.,1.,9.,3.,2.,1.], True), ([9.,1.,3.,2.,1.,float('nan')], False), ([3.,1.,2.,0.], False), ([], False)])
+def test_clearly_falls(values, want): assert clearly_falls(values) is want
+
+def test_falling_is_a_slope_of_four_standard_errors():
+    "By hand: 0,-1,-2,... with the noise +e,-e,... has the slope -1 and a standard error in proportion to e"
+    x,noise = np.arange(12.),np.array([1,-1,-1,1]*3)       # no slope of its own
+    def err(e): return e*(12/10/((x-x.mean())**2).sum())**.5
+    e = 1/4/err(1)                                         # here the slope is just four of them
+    assert clearly_falls(-x+.99*e*noise, 1.) and not clearly_falls(-x+1.01*e*noise, 1.)
+
+def test_only_the_last_part_counts():
+    v = [*range(20,0,-1), *[0.]*10]
+    assert not clearly_falls(v) and clearly_falls(v, 1.) and clearly_falls([5.]*20+list(range(10,0,-1)))
+
+# ---- the two means
+
+def filled(model, v):
+    with torch.no_grad():
+        for p in model.parameters(): p.fill_(v)
+    return model
+
+@pytest.mark.parametrize('dtype', [torch.float32,torch.bfloat16])
+def test_nested_means(dtype):
+    m = plain_net().to(dtype); both = NestedMeans(m)
+    for i in (1,2,3,6): both.update(filled(m, i))
+    both.tail.n = 0                                       # the tail begins anew
+    for i in (8,10): both.update(filled(m, i))
+    assert (both.n,both.tail.n)==(6,2) and {float(o.flatten()[0]) for o in both.average}=={5.} and {float(o.flatten()[0]) for o in both.tail.average}=={9.}
+    again = NestedMeans(m); again.load_state_dict(both.state_dict())
+    assert same(again.average, both.average) and same(again.tail.average, both.tail.average) and (again.n,again.tail.n)==(6,2)
+    both.keep_tail()
+    assert both.n==2 and {float(o.flatten()[0]) for o in both.average}=={9.}
+    again.begin_anew(); again.update(filled(m, 4))
+    assert (again.n,again.tail.n)==(1,1) and same([o.to(dtype) for o in again.average], weights(m))
+    from fastswa.average import WeightAverage
+    old = WeightAverage(m); old.update(m)
+    again.load_state_dict(old.state_dict())               # an SWA with a number as its start has no tail
+    assert (again.n,again.tail.n)==(1,0)
+
+class Took(Callback):
+    "The weights wherever the average has taken some"
+    order,run_valid = SWA.order+1,False
+    def __init__(self, swa): self.swa,self.at,self.ws = swa,[],[]
+    def look(self):
+        if self.swa.collected and self.swa.collected[-1] not in self.at: self.at.append(self.swa.collected[-1]); self.ws.append(weights(self.learn.model))
+    def after_batch(self): self.look()
+    def after_train(self): self.look()
+    def mean(self, k): return [torch.stack(o).double().mean(0) for o in zip(*self.ws[-k:])]
+
+@pytest.mark.parametrize('epochs,cycle_len', [(4,None),(8,None),(9,.4)])
+def test_what_is_averaged_is_the_points_from_a_quarter_on_and_their_last_third(epochs, cycle_len, monkeypatch):
+    seen = {}
+    def look(self):
+        w = self.average.weights
+        seen.update(n=w.n, tail=w.tail.n, all=[o.clone() for o in w.average], last=[o.clone() for o in w.tail.average])
+        return 'looked'
+    monkeypatch.setattr(WindowChoice, '__call__', look)
+    l,swa = learner(),new(cycle_len=cycle_len); took = Took(swa)
+    fit(l, epochs, cbs=[swa, took])
+    total = epochs*5
+    assert swa.fit_state.cycles.ends[-1]==total and min(swa.collected)>total/4 and len(swa.collected)==seen['n']==len(swa.fit_state.cycles.ends)
+    assert seen['tail']==-(-seen['n']//3)
+    for a,b in zip(seen['all'], took.mean(seen['n'])): torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+    for a,b in zip(seen['last'], took.mean(seen['tail'])): torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+# ---- the rate
+
+@pytest.mark.parametrize('falls', [True,False])
+@pytest.mark.parametrize('kw', [{}, dict(eval_every=1), dict(install=False), dict(swa_lr=.01)])
+def test_a_constant_rate_is_left_alone_to_the_bit(falls, kw, monkeypatch):
+    asked = Falls(monkeypatch, falls)
+    plain = fit(learner(net(.3), cbs=Spy()), 5, .05); end = rng_fingerprint(plain)
+    own = fit(learner(net(.3), cbs=Spy()), 5, .05, cbs=new(**kw))
+    assert all(same(a,b) for a,b in zip(plain.spy.ws, own.spy.ws)) and plain.spy.lrs==own.spy.lrs and end==rng_fingerprint(own)
+    assert asked.n==0
+
+@pytest.mark.parametrize('method,kw', [('fit_one_cycle',{}), ('fit_flat_cos',dict(pct_start=.3)), ('fit_sgdr',None)])
+def test_where_nothing_is_held_the_walk_is_the_same_to_the_bit(method, kw, monkeypatch):
+    asked = Falls(monkeypatch, False)
+    args = (2,2) if kw is None else (6,)
+    ls = [fit(learner(net(.3), cbs=Spy()), *args, method=method, cbs=cb, **(kw or {})) for cb in (None,new())]
+    assert all(same(a,b) for a,b in zip(ls[0].spy.ws, ls[1].spy.ws)) and ls[0].spy.lrs==ls[1].spy.lrs and asked.n>=1
+
+@pytest.mark.parametrize('lr', [.1, slice(.01,.1)])
+def test_a_rate_that_came_down_to_half_is_held_while_the_loss_falls(lr, monkeypatch):
+    asked = Falls(monkeypatch, True)
+    swa = new()
+    plain,l = (fit(learner(splitter=two_groups, cbs=Spy()), 8, lr, method='fit_one_cycle', cbs=o) for o in (None,swa))
+    theirs,ours = (np.array(o.spy.lrs) for o in (plain,l))
+    peak = theirs.max(0)
+    at = next(i for i in range(10, len(theirs)) if (theirs[i]<=peak/2).all())
+    assert asked.n==1 and swa.auto.seen['held']==at and 'held from epoch' in swa.decision
+    np.testing.assert_array_equal(ours[:at], theirs[:at])
+    np.testing.assert_array_equal(ours[at:], np.repeat(theirs[at][None], len(ours)-at, 0))         # no jump: as it was there
+    assert all(o>at for o in swa.collected) and swa.fit_state.held_moms is not None
+
+def test_the_rate_to_hold_may_be_given(monkeypatch):
+    Falls(monkeypatch, True)
+    l,swa = learner(cbs=Spy()),new(swa_lr=.02)
+    fit(l, 8, .1, method='fit_one_cycle', cbs=swa)
+    lrs = np.array(l.spy.lrs)[:,0]
+    assert lrs[-1]<=.02<lrs[swa.auto.seen['held']-1] and (lrs[swa.auto.seen['held']:]==lrs[-1]).all()
+
+@pytest.mark.parametrize('kw,cbs', [(dict(swa_lr=False),[]), ({},[ReduceLROnPlateau])])
+def test_a_schedule_that_is_to_be_left_alone(kw, cbs, monkeypatch):
+    asked = Falls(monkeypatch, True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        ls = [fit(learner(cbs=[Spy()]), 6, method='fit_one_cycle', cbs=[*o, *(c() for c in cbs)]) for o in ([],[new(**kw)])]
+    assert ls[0].spy.lrs==ls[1].spy.lrs and asked.n==0
+
+def test_what_is_looked_at():
+    "Validation losses where there are three, else the training loss in stretches of the fit"
+    l,swa = learner(),new()
+    fit(l, 7, method='fit_one_cycle', cbs=swa)
+    assert swa.auto.seen['valid']==pytest.approx([v[1] for v in l.recorder.values], rel=1e-6)
+    assert swa.auto.stretch==1 and len(swa.auto.seen['train'])==35
+    seen = []
+    class Losses(Callback):
+        order,run_valid = 0,False
+        def after_loss(self): seen.append(float(self.learn.loss))
+    l,swa = learner(n=400, bs=10),new()
+    fit(l, 4, cbs=[swa, Losses()])
+    k = swa.auto.stretch
+    assert k==160//64 and swa.auto.seen['train']==pytest.approx([np.mean(seen[i:i+k]) for i in range(0,160,k)], rel=1e-5)
+
+def test_short_fits_look_at_the_training_loss(monkeypatch):
+    seen = []
+    monkeypatch.setattr(auto, 'clearly_falls', lambda v,*share: seen.append((len(v),*share)) or False)
+    fit(learner(), 3, method='fit_one_cycle', cbs=new())
+    fit(learner(), 12, method='fit_one_cycle', cbs=new())
+    assert seen==[(10, 2/3),(7,)]
+
+# ---- the choice
+
+def at_losses(monkeypatch, cheap, full=None):
+    "The losses of the last weights, the last third and all are these; on all data those of (mean, last)"
+    monkeypatch.setattr(WindowChoice, 'losses', lambda self: np.array(cheap, dtype=float))
+    if full is not None: it = iter(full); monkeypatch.setattr(WindowChoice, 'valid_loss', lambda self: next(it))
+
+@pytest.mark.parametrize('cheap,full,n,said', [([1,2,3],None,1,'the last weights'), ([2,1,3],(1.,2.),4,'the mean of the last 4'), ([3,2,1],(1.,2.),10,'the mean of all 10'),
+    ([3,2,1],(2.,1.),1,'the last weights'), ([1,1,1],None,1,'the last weights'), ([float('nan'),2,1],(1.,float('nan')),10,'the mean of all 10')])
+def test_the_lowest_loss_is_put_in(cheap, full, n, said, monkeypatch):
+    at_losses(monkeypatch, cheap, full)
+    l,swa = learner(cbs=Spy()),new(); took = Took(swa)
+    fit(l, 8, cbs=[swa, took])
+    assert swa.decision.startswith(said) and swa.n_averaged==n==len(swa.collected)
+    want = took.mean(n)
+    assert swa._average.applied
+    for a,b in zip(weights(l.model), want): torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+    if n==1: assert same(weights(l.model), l.spy.ws[-1])
+    swa.restore(l)
+    assert same(weights(l.model), l.spy.ws[-1])
+
+@pytest.mark.parametrize('model', [net,plain_net])
+@pytest.mark.parametrize('args,method,lr', [((2,),'fit',.1), ((9,),'fit',.3), ((3,),'fit_one_cycle',.1), ((1,),'fine_tune',.1)])
+def test_never_worse_than_the_last_weights_on_validation_data(args, method, lr, model):
+    l,swa = learner(model(), lr=lr),new()
+    fit(l, *args, method=method, cbs=swa)
+    with quiet(l): df = swa.compare(l); loss = l.validate()[0]
+    assert loss<=df.loss.iloc[1]*(1+1e-6) and loss==pytest.approx(df.loss.iloc[2], rel=1e-6)
+
+def test_the_losses_of_the_choice_are_those_of_the_candidates(monkeypatch):
+    "With few data all of them are looked at, so they are what validate says"
+    found = {}
+    own = WindowChoice.losses
+    def look(self):
+        res = own(self)
+        found.update(losses=res, means=[weights(self.model), *([o.clone() for o in w.average] for w in list(self.candidates().values())[1:])])
+        return res
+    monkeypatch.setattr(WindowChoice, 'losses', look)
+    l = learner(drop_last=False); fit(l, 6, .2, cbs=new(install=False))
+    assert len(found['losses'])==3
+    for ws,loss in zip(found['means'], found['losses']):
+        with torch.no_grad():
+            for p,w in zip(l.model.parameters(), ws): p.copy_(w)
+        with quiet(l): l.update_bn(); assert np.mean(BatchLosses(l).losses)==pytest.approx(loss, rel=1e-5)
+
+class BatchLosses:
+    def __init__(self, l):
+        l.model.eval()
+        with torch.no_grad(): self.losses = [float(l.loss_func(l.model(x), y)) for x,y in l.dls.valid]
+
+def test_without_validation_data(monkeypatch, capsys):
+    for falls,n in ((True,1),(False,10)):
+        Falls(monkeypatch, falls)
+        l,swa = learner(n_valid=0, metrics=None),new()
+        fit(l, 6, cbs=swa)
+        assert swa.n_averaged==n and 'no validation data' in swa.decision
+
+@pytest.mark.parametrize('stop', [0,3])
+def test_stopped_before_the_first_point(stop):
+    class Stop(Callback):
+        order = 2000
+        def after_batch(self):
+            if self.training and self.learn.iter==stop: raise CancelFitException()
+    l,swa = learner(cbs=Spy()),new()
+    fit(l, 20, cbs=[swa, Stop()])
+    assert swa.n_averaged==1 and swa.decision.startswith('the last weights') and same(weights(l.model), l.spy.ws[-1]) and len(l.spy.ws)==stop+1
+
+def test_the_choice_fails_and_the_training_is_there(monkeypatch):
+    def fail(self): raise ValueError('no idea')
+    monkeypatch.setattr(WindowChoice, 'losses', fail)
+    l,swa = learner(),new()
+    with pytest.warns(UserWarning, match='no idea.*the mean of 10 snapshots'): fit(l, 8, cbs=swa)
+    assert swa.n_averaged==10 and swa.decision is None and swa._average.applied
+
+def test_it_says_so_once(capsys):
+    l,swa = learner(),new()
+    with l.no_bar(): l.fit(4, cbs=swa)
+    out = [o for o in capsys.readouterr().out.splitlines() if o.startswith('SWA(')]
+    assert out==[f"SWA(start='auto'): {swa.decision}"]
+    fit(learner(), 4, cbs=new())
+    assert 'SWA(' not in capsys.readouterr().out          # no_logging
+
+# ---- with others
+
+def test_watched_and_saved_and_beside_others(tmp_path):
+    l,swa,fge,ema = learner(path=tmp_path),new(eval_every=1, save_to=tmp_path/'s.pt'),FGE(),EMA(install=False)
+    fit(l, 6, cbs=[swa, fge, ema])
+    assert fge.collected==list(swa.fit_state.cycles.ends) and ema.n_averaged
+    loaded = SWA(start='auto').load(tmp_path/'s.pt')
+    assert loaded.n_averaged==swa.n_averaged
+    m = net(); loaded.copy_to(m)
+    assert same(weights(m), weights(l.model))              # the file has the choice
+
+def test_save_model_has_the_last_word(tmp_path):
+    l,swa = learner(path=tmp_path),new(eval_every=1)
+    fit(l, 6, cbs=[swa, SaveModelCallback('swa_loss')])
+    assert swa.decision is None and swa._average.applied
+
+def test_early_stopping():
+    l,swa = learner(),new()
+    fit(l, 20, cbs=[swa, EarlyStoppingCallback(min_delta=9., patience=8)])
+    assert swa.decision and len(l.recorder.values)==9
+
+@pytest.mark.parametrize('how', ['file','same object'])
+@pytest.mark.parametrize('falls', [True,False])
+@pytest.mark.parametrize('epoch', [3,6])                   # before and after the rate is held
+def test_goes_on_as_it_would_have(how, falls, epoch, tmp_path, monkeypatch):
+    Falls(monkeypatch, falls)
+    make = lambda: learner(net(.3))
+    full,whole = make(),new(); fit(full, 8, .2, method='fit_one_cycle', cbs=whole)
+    l,swa,point = make(),new(save_to=tmp_path/'s.pt'),Checkpoint(epoch)
+    with pytest.raises(KeyboardInterrupt): fit(l, 8, .2, method='fit_one_cycle', cbs=[swa, point])
+    if how=='file': l,swa = make(),new().load(tmp_path/'s.pt')
+    point.put(l)
+    if how=='same object': l.cbs = l.cbs.filter(lambda o: o is not swa)
+    fit(l, 8, .2, method='fit_one_cycle', cbs=[swa, point.resume()], start_epoch=epoch+(how!='never'))
+    assert swa.decision==whole.decision and swa.auto.seen==whole.auto.seen and swa.n_averaged==whole.n_averaged and same(state(l.model), state(full.model))
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match='start'): SWA(start='soon')
+    with pytest.raises(ValueError, match="swa_lr_max has no use with start='auto'"): new(swa_lr_max=.1)
+    with pytest.raises(ValueError, match='fit_swa plans its rates'): learner().fit_swa(3, start='auto')
+
+def test_two_extra_sets_of_weights():
+    l,swa = learner(),new(); fit(l, 4, cbs=swa)
+    w = swa._average.weights
+    assert sum(o.numel() for o in [*w.shadow.tensors, *w.tail.shadow.tensors])==2*sum(p.numel() for p in l.model.parameters())
+
+def test_the_picture_has_no_gaps():
+    l,swa = learner(),new(); fit(l, 4, method='fit_one_cycle', cbs=swa)
+    ax = swa.plot_sched()
+    assert not np.isnan(ax.lines[0].get_ydata()).any()
+
+def test_validate_is_no_fit():
+    l,swa = learner(cbs=new()),None
+    swa = l.swa; fit(l, 4)
+    kept,seen = swa.n_averaged,dict(swa.auto.seen)
+    with quiet(l): l.validate(); l.get_preds()
+    assert swa.n_averaged==kept and swa.auto.seen==seen
