@@ -7,7 +7,7 @@ but the arm that says `running`. Windows and rates are chosen on data of their o
 Each fit's scores are written to `averages.json` beside this file, which nbs/76_tutorial.averages.ipynb makes its tables
 of; what is there already is not computed again (remove the file, or lines of it, for that: about two hours on one
 core). Three tasks need data or weights that are no requirement of fastswa: benchmarks/README.md has the commands."""
-import argparse, contextlib, itertools, json, sys, tempfile, time, warnings
+import argparse, contextlib, itertools, json, re, sys, tempfile, time, warnings
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -233,7 +233,8 @@ def swa(fit):
 def auto(fit):
     avg = SWA(start='auto', check=False)
     learn = fit(avg)
-    return {'auto':dict(test(learn), n=avg.n_averaged)}
+    took = re.match('the last weights|the mean of (all|the last)', avg.decision)[0]
+    return {'auto':dict(test(learn), n=avg.n_averaged, took=took, held=int(avg.auto.seen['held']>0))}
 
 def ensemble(fit, make):
     "An ensemble's members, whose statistics are measured one by one"
@@ -403,7 +404,7 @@ def judge_table(res, arm='auto', names=None):
     return rows_to_text(rows)
 
 def in_sum(res, arm, against, names=None):
-    "The loss of an arm against another over all fits: mean of the relative differences in %, and its standard error"
+    "The loss of an arm against another over all fits: mean of the differences in %, its standard error"
     ds = []
     for k,f in fits_of(res, names or judging):
         a,b = of(res, k, f, arm),of(res, k, f, against)
@@ -412,7 +413,7 @@ def in_sum(res, arm, against, names=None):
     return mean(o for o,_ in ds),sum(e*e for _,e in ds)**.5/len(ds)
 
 def stats_table(res):
-    "What measuring BatchNorm statistics gives alone, and what averaging gives: test loss, differences from running ones"
+    "Test loss with running statistics, and what measuring them does to it: alone, and with averaging"
     rows = [['task', 'fit', words['running'], 'after `learn.update_bn()`', words['SWA']]]
     for k,f in fits_of(res, [o for o in tasks if o!='movies']):     # that network has no BatchNorm
         run = of(res, k, f, 'running')
