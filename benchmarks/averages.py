@@ -284,7 +284,7 @@ def cost(fit):
                 res[arm] = dict(s=time.process_time()-t0)
     return res
 
-walks = dict(plain=plain, SWA=swa, auto=auto, snapshot=snapshot, FGE=fge, three=three, cost=cost)
+walks = dict(plain=plain, SWA=swa, auto=auto, three=three, snapshot=snapshot, FGE=fge, cost=cost)
 timed = ('noisy','fit_one_cycle(40, 0.01)'),('lite0','fine_tune(3)')
 # arm -> its walk
 arms = {'running':'plain', 'control':'plain', 'SWA':'SWA', 'its last':'SWA', 'own rate':'plain', 'auto':'auto',
