@@ -133,6 +133,7 @@ class Ensemble(Committee, CycleCallback):
         super().__init__()
         self.last = check_count(last, 'last', 'members')
         self.bn_batches = 0 if is_int(bn_batches) and bn_batches==0 else check_count(bn_batches, 'bn_batches')
+        self.member_batches = self.bn_batches       # a subclass with an average has a number for that
         self.keep_on = parse_storage(keep_on)
         self._init_state()
 
@@ -181,7 +182,7 @@ class Ensemble(Committee, CycleCallback):
 
     def training_ends(self):
         warn_of_nothing(self)
-        if self.bn_batches==0: return
+        if self.member_batches==0: return
         layers = trained_layers(self.learn) if self._layers is None else self._layers
         if not layers: return
         with uninterrupted(patience=1):
@@ -191,7 +192,7 @@ class Ensemble(Committee, CycleCallback):
         "Measure BatchNorm statistics for a member; where that cannot be done it keeps those that it has"
         try: m = self.store[k]
         except ValueError as e: return self.warn_once(k, f'{e}. This member keeps the BatchNorm statistics that it has')
-        try: m = measured_member(self.learn, m, layers, self.bn_batches, inner=True)
+        try: m = measured_member(self.learn, m, layers, self.member_batches, inner=True)
         except Exception as e:
             if not is_out_of_memory(e): raise
             return self.warn_once('memory', _no_memory)

@@ -115,6 +115,30 @@ def preserve_rng(
                     if getattr(o,'_iterator',None) is not None: o._iterator = None
             yield
 
+# %% ../nbs/12_loader.ipynb #f44985e5
+def _begin(v, seed):
+    "Have the random stream `v` begin at `seed`, where it is one"
+    if isinstance(v, np.random.Generator): v.bit_generator.state = type(v.bit_generator)(seed).state
+    elif isinstance(v, (random.Random,np.random.RandomState)): v.seed(seed%2**32)
+    elif isinstance(v, torch.Generator): v.manual_seed(seed)
+
+@contextmanager
+def seeded(
+    dl, # A DataLoader (fastai's or torch's)
+    seed:int, # Where all random streams begin that `preserve_rng` puts back
+):
+    "Inside the block `dl` draws the same batches each time; after it all is as it was (see `preserve_rng`)"
+    seed %= 2**62
+    with preserve_rng(dl):
+        random.seed(seed)
+        np.random.seed(seed%2**32)
+        # as long as CUDA is not in use torch would remember a seed for it
+        (torch if torch.cuda.is_initialized() else torch.default_generator).manual_seed(seed)
+        seen = set()
+        for part in (part for o in stateful_loaders(dl) for part in _walk(o, seen)):
+            for v in vars(part).values(): _begin(v, seed)
+        yield
+
 # %% ../nbs/12_loader.ipynb #009da392
 def batch_size(dl)->int:
     "Items in a batch of `dl`, 0 if it does not say"

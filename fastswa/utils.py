@@ -123,7 +123,12 @@ def check_writable(
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/01_utils.ipynb #18aef0c8
-_unreadable = (zipfile.BadZipFile, RuntimeError, UnpicklingError, EOFError, LookupError, NotImplementedError, OSError)
+unreadable = (zipfile.BadZipFile, RuntimeError, UnpicklingError, EOFError, LookupError, NotImplementedError, OSError)
+
+def why_unreadable(e)->str:
+    "One line on why a file could not be read; `e` is one of `unreadable`"
+    if isinstance(e, UnpicklingError): return 'it holds more than tensors and numbers'
+    return str(e).splitlines()[0] if str(e) else type(e).__name__
 
 def read_file(
     file, # Path of a file that `write_file` wrote
@@ -136,9 +141,8 @@ def read_file(
         with zipfile.ZipFile(file) as z: bad = z.testzip()
         if bad: raise zipfile.BadZipFile(f'the checksum of {bad} is wrong')
         return torch.load(file, map_location='cpu', mmap=mmap, weights_only=True)
-    except _unreadable as e:
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        if isinstance(e, UnpicklingError): why = 'it holds more than tensors and numbers'
+    except unreadable as e:
+        why = why_unreadable(e)
         raise ValueError(f'{file} cannot be read: it is damaged, incomplete, or not a file of fastswa ({why}). '
                          'Use an earlier copy of it, or begin anew') from e
 

@@ -181,7 +181,7 @@ class Vote(Callback):
 # %% ../nbs/39_voting.ipynb #3c8f2d40
 def vote(
     learn:Learner, # A learner
-    states:list, # Parameters and buffers of each member, as `swapped_state` takes them
+    states, # Parameters and buffers of each member, as `swapped_state` takes them: a list, or what makes each
     dl, # DataLoader
     go, # Function of a `Vote`: the last pass, with this callback
     act, # Activation of the outputs
@@ -192,13 +192,14 @@ def vote(
 
     Raises ValueError for members of another architecture or if they see other items, RuntimeError if a pass is ended
     early."""
-    model,bar = unwrap(learn.model),pass_bar(learn, len(states)*len(dl), 'members')
+    model,n = unwrap(learn.model),len(states)
+    bar = pass_bar(learn, n*len(dl), 'members')
     with uninterrupted(patience=1) as check:
-        cb = Vote(len(states), act, batch_done=bar.update, check=check, **kwargs)
+        cb = Vote(n, act, batch_done=bar.update, check=check, **kwargs)
         try:
-            for state in states[:-1]:
-                with swapped_state(model, state), isolated_pass(learn, dl, [cb], inner=inner): run_pass(learn)
-            with swapped_state(model, states[-1]): return go(cb)
+            for k in range(n-1):            # not `for state in`: the one before is gone when the next one is made
+                with swapped_state(model, states[k]), isolated_pass(learn, dl, [cb], inner=inner): run_pass(learn)
+            with swapped_state(model, states[n-1]): return go(cb)
         except cancel_exceptions: _cut_short()
         finally: bar.close()
 
@@ -236,14 +237,17 @@ class Committee:
         "Whether a fit of `learn` is going on"
         return False
 
+    def _states(self, first):
+        "Of all members from the number `first` on: a damaged file shows before the first pass, not after some"
+        return [self.store[k]['state'] for k in range(first, self.n_members)]
+
     def _vote(self, learn, dl, go, act=None, last=None, inner=False, **kwargs):
         "`vote` with the last `last` members"
         last = check_count(last, 'last', 'members')
         if (last or 0)>self.n_members: raise ValueError(f'last={last}: there are {self.n_members} members')
         first = self.n_members-(last or self.n_members)
-        states = [self.store[k]['state'] for k in range(first, self.n_members)]
         act = activation(learn.loss_func) if act is None else act
-        return vote(learn, states, dl, go, act, inner or self.is_training(learn), **kwargs)
+        return vote(learn, self._states(first), dl, go, act, inner or self.is_training(learn), **kwargs)
 
     def get_preds(self,
         learn:Learner, # The learner of the fit, or another one with the same architecture

@@ -107,6 +107,15 @@ def the_check_at_the_end_is_made_together():
     assert equal_everywhere(state(learn.model))
 
 @check
+def an_automatic_start_decides_alike():
+    for method,epochs in (('fit_one_cycle',4), ('fit',4)):
+        swa,spy = SWA(start='auto'),Spy()
+        learn,(mean,last) = fitted(epochs, .2, method=method, cbs=[swa,spy], inside=lambda l: swa.compare(l).loss.tolist()[:0:-1])
+        held = swa.auto.seen['held']
+        assert swa.decision and equal_everywhere([swa.decision, held, *swa.collected, mean, last]) and mean<=last*(1+1e-6)
+        assert equal_everywhere(state(learn.model)) and equal_everywhere(spy.lrs) and (method=='fit') <= (not held)
+
+@check
 def statistics_are_those_of_one_process():
     swa = SWA()
     learn,_ = fitted(2, learn=split(), cbs=swa)

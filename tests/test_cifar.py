@@ -579,4 +579,4 @@ def test_help(capsys):
 
 def test_command_is_installed():
     r = subprocess.run([sys.executable,'-c','import setuptools\nsetuptools.setup = lambda **kw: print(kw["entry_points"]["console_scripts"])\nimport runpy; runpy.run_path("setup.py")'], cwd=root, capture_output=True, text=True)
-    assert r.stdout.strip()=="['fastswa_demo=fastswa.commands:demo', 'fastswa_cifar=fastswa.commands:cifar']", r.stdout+r.stderr
+    assert r.stdout.strip()=="['fastswa_demo=fastswa.commands:demo', 'fastswa_cifar=fastswa.commands:cifar', 'fastswa_average=fastswa.commands:average']", r.stdout+r.stderr

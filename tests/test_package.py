@@ -64,7 +64,8 @@ def test_all_has_every_name():
         missing = set(importlib.import_module(f'fastswa.{o}').__all__)-set(dir(fastswa.all))
         assert not missing, f'fastswa/all.py lacks {missing}'
 
-starred = '''EMA Ensemble FGE Plane Ray SWA SnapshotEnsemble WeightAverage Width cycle_lr fge_cycles fge_lr group_lrs plot_plane plot_ray plot_swa_sched
+starred = '''EMA Ensemble FGE LAWA Plane Ray SWA SWAG SnapshotEnsemble Snapshots WeightAverage Width average_files cycle_lr ece fge_cycles fge_lr group_lrs nll plot_plane plot_ray
+    plot_reliability plot_swa_sched
     plot_width sched_authors snapshot_cycles snapshot_lr swa_cycles swa_lrs update_bn'''.split()     # what people type; the rest is in its module
 
 def test_the_star_brings_these_names():
@@ -136,7 +137,7 @@ def test_commands_of_the_readme_exist():
     from importlib.metadata import entry_points
     lines = [o.split('#')[0].strip() for b in blocks('sh') for o in b.splitlines()]
     assert lines==['pip install .', 'make demo', 'make test']      # another one: try it by hand in a fresh clone, and then list it here
-    for o in 'fastswa_demo','fastswa_cifar': assert entry_points(group='console_scripts', name=o)
+    for o in 'fastswa_demo','fastswa_cifar','fastswa_average': assert entry_points(group='console_scripts', name=o)
 
 def test_no_wide_tables():
     "At 900 pixels GitHub has room for about 115 characters in a table, of which a cell that can wrap needs 30"
