@@ -143,9 +143,17 @@ def small_without_training():
     assert all(torch.equal(v, weights[k]) for k,v in learn.model[:3].state_dict().items())
     return learn
 
-def test_the_same_seed_is_the_same_learner(short):
-    def one(seed): return state(b.Fit(short, 'fit(2, 0.005)', seed)().model)
-    assert same(one(3), one(3)) and not same(one(3), one(4))
+@pytest.mark.parametrize('name', ['digits','cancer','small','movies'])
+def test_the_same_seed_is_the_same_learner(name, monkeypatch):
+    "Data, first weights and the order of the batches, whatever was drawn at random before"
+    for o in b.missing(name): pytest.skip(f'needs {o}')
+    monkeypatch.setattr(b, 'small_body', lambda seed, weights=when.net()[:3].state_dict(): weights)
+    def one(seed):
+        learn = b.tasks[name]['make'](seed)
+        return [*state(learn.model).values(), *next(iter(learn.dls.train))]
+    first = one(3)
+    seed(99)
+    assert same(first, one(3)) and not same(first, one(4))
 
 # Tables
 
