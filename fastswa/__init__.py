@@ -1,2 +1,2 @@
 "Stochastic Weight Averaging for fastai"
-__version__ = "0.5.0"
+__version__ = "0.6.0"

@@ -40,8 +40,9 @@ class Choice:
         k,losses = self.chosen,self.losses
         than = f'against {losses[0]:.4g} of the {names[0]}' if k else f'and {losses.min():.4g} at best'
         luck = f'which flatters its loss by about {max(self.flattery, 0):.1g}'
-        if np.isnan(self.flattery): luck = 'in one batch, which cannot tell by how much that flatters: use a smaller bs'
-        return f'{names[k]}: loss {losses[k]:.4g} {than}. It was chosen on these {self.n_items} validation items, {luck}'
+        if np.isnan(self.flattery): luck = 'in one batch, which cannot tell by how much this flatters: use a smaller bs'
+        return (f'{names[k]}: loss {losses[k]:.4g} {than}. It was chosen on these {self.n_items} validation items, '
+                f'{luck}')
 
 def select(
     losses, # Array (candidates, batches), the simplest candidate first
