@@ -24,6 +24,7 @@ from fastai.callback.all import *
 from fastai.collab import EmbeddingDotBias
 from fastai.vision.all import apply_init, create_head, imagenet_stats
 from fastai.tabular.all import CategoryBlock, RegressionBlock
+from scipy.stats import t
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -37,7 +38,7 @@ from fastswa.demo import TensorLoader
 def loaders(seed, tensors, idxs, bs, val_bs=512):
     "DataLoaders of the items `idxs` of `tensors`: for training, in an order that `seed` decides, choosing and testing"
     set_seed(seed)
-    train,*rest = [TensorDataset(*(t[torch.as_tensor(o)] for t in tensors)) for o in idxs]
+    train,*rest = [TensorDataset(*(x[torch.as_tensor(o)] for x in tensors)) for o in idxs]
     rest = [TensorLoader(o, bs=min(len(o), val_bs)) for o in rest]
     return DataLoaders(TensorLoader(train, bs=bs, shuffle=True), *rest, device=torch.device('cpu'))
 
@@ -275,7 +276,7 @@ def cost(fit):
     return res
 
 walks = dict(plain=plain, SWA=swa, auto=auto, three=three, snapshot=snapshot, FGE=fge, cost=cost)
-timed = ('noisy','fit_one_cycle(40, 0.01)'),('lite0','fine_tune(3)')
+timed = ('noisy','fit_one_cycle(40, 0.01)'),('lite0','fine_tune(1)')
 # arm -> its walk
 arms = {'running':'plain', 'control':'plain', 'SWA':'SWA', 'its last':'SWA', 'own rate':'plain', 'auto':'auto',
         'chosen':'plain', 'EMA':'plain', 'LAWA':'plain', 'soup':'plain', 'three, greedy':'three', 'three, all':'three',
@@ -346,10 +347,10 @@ def cell(a, b):
 
 def rows_to_text(rows): return '\n'.join(f'| {" | ".join(o)} |' for o in [rows[0], ['---']*len(rows[0]), *rows[1:]])
 
-def fit_table(res, cols, head, says):
-    "Differences from the control: a row for each arm, a column for each (task, fit) of `cols`"
+def fit_table(res, cols, head, says, rows_of=words):
+    "Differences from the control: a row for each arm of `rows_of`, a column for each (task, fit) of `cols`"
     rows = [[head, *says], [words['control'], *(level([*of(res, k, f, 'control').values()]) for k,f in cols)]]
-    for arm in words:
+    for arm in rows_of:
         cells = [cell(of(res, k, f, arm), of(res, k, f, 'control')) for k,f in cols if arm!='control']
         if any(cells): rows.append([words[arm], *cells])
     return rows_to_text(rows)
@@ -359,8 +360,8 @@ def task_table(res, task):
     return fit_table(res, cols, tasks[task]['says'], [f'`{f}`' for _,f in cols])
 
 def clear(d):
-    "-1: lower by more than two standard errors, 1: higher, 0: neither"
-    return 0 if abs(d[0])<=2*d[1] else -1 if d[0]<0 else 1
+    "-1: lower, and 0 is outside of the interval that has the true mean in 95 of 100 cases (Student's), 1: higher"
+    return 0 if abs(d[0])<=t.ppf(.975, d[3]-1)*d[1] else -1 if d[0]<0 else 1
 
 def count_table(res, names=tasks):
     "In how many fits an arm is clearly better than the control, or clearly worse"
@@ -372,8 +373,7 @@ def count_table(res, names=tasks):
 
 def counts(res, arm, m='loss', names=tasks, against='control'):
     "In how many fits an arm is clearly lower than another, not clearly either, clearly higher"
-    ds = [difference(of(res, k, f, arm), of(res, k, f, against), m) for k,f in fits_of(res, names)]
-    return [sum(clear(d)==v for d in ds if d) for v in (-1,0,1)]
+    return clearly(res, arm, against, fits_of(res, names), m)
 
 def better(res, task, fit, m='loss', among=('control','SWA')):
     "Which of two arms has the lower mean"
@@ -402,6 +402,12 @@ def in_sum(res, arm, against, names=None):
         if d: ds.append([100*o/mean(v['loss'] for v in b.values()) for o in d[:2]])
     return mean(o for o,_ in ds),sum(e*e for _,e in ds)**.5/len(ds)
 
+def sum_text(res, arm):
+    "`in_sum` in words, against both"
+    names = dict(SWA=words['SWA'], control='no averaging')
+    parts = ['{:+.1f}% ± {:.1f}% against {}'.format(*in_sum(res, arm, o), name) for o,name in names.items()]
+    return f'Test loss of {words[arm]}, mean over all of these fits: {", ".join(parts)}.'
+
 def stats_table(res):
     "Test loss with running statistics, and what measuring them does to it: alone, and with averaging"
     rows = [['task', 'fit', words['running'], 'after `learn.update_bn()`', words['SWA']]]
@@ -410,6 +416,54 @@ def stats_table(res):
         cells = [with_error(difference(of(res, k, f, o), run)) for o in ('control','SWA')]
         rows.append([tasks[k]['says'], f'`{f}`', f'{mean(o["loss"] for o in run.values()):.3f}', *cells])
     return rows_to_text(rows)
+
+def by_length(res, short, names=tasks):
+    "(task, fit) of one to five epochs, or of more"
+    return [(k,f) for k,f in fits_of(res, names) if (tasks[k]['fits'][f][1][0]<=5)==short]
+
+def clearly(res, arm, against, cols, m='loss'):
+    "In how many of `cols` an arm is clearly lower than another, not clearly either, clearly higher"
+    ds = [difference(of(res, k, f, arm), of(res, k, f, against), m) for k,f in cols]
+    return [sum(clear(d)==v for d in ds if d) for v in (-1,0,1)]
+
+def both_ways(res, arm, against, cols):
+    "In how many of `cols` the loss of an arm is clearly lower than another's, and in how many higher"
+    lower,_,higher = clearly(res, arm, against, cols)
+    return lower,higher
+
+def against_better(res, arm, names):
+    "The same against the better of no averaging and `SWA(start=.75)`"
+    ns = [both_ways(res, arm, better(res, k, f), [(k,f)]) for k,f in fits_of(res, names)]
+    return tuple(map(sum, zip(*ns)))
+
+def sentences(res):
+    "Five, with their numbers"
+    long,short = (by_length(res, o) for o in (False,True))
+    cols,held_out = fits_of(res),fits_of(res, judging)
+    usual = [o for o in cols if o[0] not in ('movies','lite0')]
+    f = list(tasks['lite0']['fits'])[-1]
+    errs = [mean(o['err'] for o in of(res, 'lite0', f, arm).values()) for arm in ('running','control','SWA')]
+    ns = {o:both_ways(res, o, 'control', long) for o in ('SWA','own rate','EMA','LAWA','soup')}
+    each = '; '.join('{}: {} and {}'.format(words[o], *n) for o,n in ns.items())
+    def count(arm, against='control', among=cols): return both_ways(res, arm, against, among)
+    return [
+        ('**`learn.update_bn()`** after `{}` of EfficientNet-lite0, whose BatchNorm has a momentum of .01, brings the '
+         'error from {:.0f}% to {:.0f}%, where `SWA(start=.75)` has {:.0f}%; in the {} fits of networks with the usual '
+         'momentum it lowers the loss clearly in {} and raises it in {}.'
+         ).format(f, *errs, len(usual), *count('control', 'running', usual)),
+        ('**In short fits**, up to five epochs, `SWA(start=.75)` lowers the loss clearly in {} of {} and raises it in '
+         '{}, and the last weights of its own walk are clearly better than its mean in {} and clearly worse in {}.'
+         ).format(*np.insert(count('SWA', among=short), 1, len(short)), *count('its last', 'SWA', short)),
+        f'**In long fits**, {len(long)} of them, the loss is clearly lower than without, and clearly higher: {each}.',
+        ("**To leave it to the fit**: `start='auto'` is clearly better than the better of no averaging and "
+         '`SWA(start=.75)` in {} and clearly worse in {} of {} fits that it was not made on; `Snapshots().choose`, '
+         'which leaves the rate alone, in {} and {}, and against no averaging in {} and {}.'
+         ).format(*against_better(res, 'auto', judging), len(held_out), *against_better(res, 'chosen', judging),
+                  *count('chosen', among=held_out)),
+        ('**With several networks** for each prediction: `SWAG()` is clearly better than its mean in {} and clearly '
+         'worse in {} of {} fits, `FGE()` than one network in {} and {}, and `SnapshotEnsemble()`, whose five cycles '
+         'want room, in {} and {}.'
+         ).format(*count('SWAG', 'SWA'), len(cols), *count('FGE'), *count('snapshots'))]
 
 def cost_table(res):
     """Time of training as a multiple of the plain fit's, networks that are evaluated for a prediction, and sets of
@@ -421,10 +475,10 @@ def cost_table(res):
         rows.append([words[arm], *(f'{median(o):.2f}' for o in ratios), *held_words.get(arm, ('1','1'))])
     return rows_to_text(rows)
 
-def tune_table(res):
+def tune_table(res, rows_of=('running','SWA','its last','auto','chosen','EMA')):
     "What averaging does for `fine_tune`"
     cols = fits_of(res, ['small','lite0'])
-    return fit_table(res, cols, '', [f'{k}, `{f}`' for k,f in cols])
+    return fit_table(res, cols, '', [f'{k}, `{f}`' for k,f in cols], rows_of)
 
 def show(res):
     for k in tasks:
