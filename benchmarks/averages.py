@@ -276,7 +276,7 @@ def cost(fit):
     return res
 
 walks = dict(plain=plain, SWA=swa, auto=auto, three=three, snapshot=snapshot, FGE=fge, cost=cost)
-timed = ('noisy','fit_one_cycle(40, 0.01)'),('lite0','fine_tune(1)')
+timed = ('noisy','fit_one_cycle(40, 0.01)'),('small','fine_tune(10, 0.01)')
 # arm -> its walk
 arms = {'running':'plain', 'control':'plain', 'SWA':'SWA', 'its last':'SWA', 'own rate':'plain', 'auto':'auto',
         'chosen':'plain', 'EMA':'plain', 'LAWA':'plain', 'soup':'plain', 'three, greedy':'three', 'three, all':'three',
