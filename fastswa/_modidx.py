@@ -652,6 +652,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'fastswa/model_average.py'),
                                        'fastswa.model_average.SavedAverage.state_dict': ( 'model_average.html#savedaverage.state_dict',
                                                                                           'fastswa/model_average.py'),
+                                       'fastswa.model_average._check_saved_start': ( 'model_average.html#_check_saved_start',
+                                                                                     'fastswa/model_average.py'),
                                        'fastswa.model_average._check_saved_stats': ( 'model_average.html#_check_saved_stats',
                                                                                      'fastswa/model_average.py'),
                                        'fastswa.model_average._layer': ('model_average.html#_layer', 'fastswa/model_average.py'),

@@ -12,18 +12,18 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from fastai.callback.tracker import ReduceLROnPlateau
+from fastai.callback.tracker import ReduceLROnPlateau, SaveModelCallback
 from fastai.learner import noop
 from fastai.torch_core import rank_distrib
 
-from .average import WeightAverage
+from .average import WeightAverage, all_finite
 from .batchnorm import BNStats
-from .compare import FairCheck, n_items, some_batches, without_workers
-from .learner import is_shared, measure_bn_within_memory, score
+from .learner import is_shared, isolated_pass, measure_bn_within_memory, score
 from .loader import dl_len
 from .params import unwrap
 from .processes import together
-from .schedule import group_lrs
+from .schedule import group_lrs, iters_before, swa_cycles
+from .surface import Surface
 from .utils import uninterrupted
 
 # %% ../nbs/29_auto.ipynb #be3944ed
@@ -79,14 +79,25 @@ class AutoStart:
     "Decides in a fit of the `SWA` callback `cb`: whether the rate is held, and which window is put in"
     def __init__(self, cb):
         state,self.cb = cb.fit_state,cb
-        if state.auto is None: state.auto = dict(valid=[], train=[], decided=0, held=0, lrs=[])
+        n_iter,n_epoch = state.cycles.n_iter,cb.learn.n_epoch
+        self.stretch,self.sum,self.n = max(1, n_iter*n_epoch//64),0.,0
         # losses so far; iterations done when the rates were looked at, and when they were held; which those are
-        self.seen = state.auto
-        self.stretch = max(1, state.cycles.n_iter*cb.learn.n_epoch//64)
-        self.sum,self.n = 0.,0
+        new = dict(valid=[], train=[], decided=0, held=0, lrs=[], total=n_epoch*n_iter)
+        self.seen = state.auto = self.gone_on_with(new, state.auto)
+
+    def gone_on_with(self, new, old):
+        "What is known after `first_iter` iterations of what was saved, perhaps later, in the same fit: else `new`"
+        state,groups = self.cb.fit_state,len(self.cb.learn.opt.hypers)
+        now,n_iter = state.first_iter,state.cycles.n_iter
+        if old is None or not now or old['total']!=new['total'] or len(old['lrs']) not in (0,groups): return new
+        epochs = now//n_iter
+        kept = dict(valid=old['valid'][:epochs], train=old['train'][:epochs*-(-n_iter//self.stretch)])
+        if old['decided']<now: kept.update({k:old[k] for k in ('decided','held','lrs')})
+        return {**new, **kept}
 
     def see_batch(self, loss):
-        self.sum,self.n = self.sum+loss.detach().mean(),self.n+1      # a tensor: nobody waits for a GPU
+        # a tensor, as nobody waits for a GPU, in float32, as half precision cannot add up many
+        self.sum,self.n = self.sum+loss.detach().float().mean(),self.n+1
         if self.n==self.stretch: self.end_stretch()
 
     def end_stretch(self):
@@ -144,26 +155,25 @@ class WindowChoice:
         self.model = unwrap(self.learn.model)
 
     def candidates(self)->dict:
-        "Name -> `WeightAverage`, None for the model's own weights; the simplest first"
-        w,res = self.average.weights,{'the last weights':None}
-        if 0<w.tail.n<w.n: res[f'the mean of the last {w.tail.n}'] = w.tail
-        if w.n>1: res[f'the mean of all {w.n}'] = w
+        "Name -> `WeightAverage`, None for the model's own weights if these are numbers; the simplest first"
+        w,res = self.average.weights,{}
+        if all_finite(p for p in self.model.parameters() if p.requires_grad): res['the last weights'] = None
+        if 1<w.tail.n<w.n: res[f'the mean of the last {w.tail.n} snapshots'] = w.tail
+        if w.n>1 or not res: res[f'the mean of all {w.n} snapshots'] = w
         return res
 
-    def batches(self, dl):
-        "A loader of the data of `dl`, and how many of its batches have some 2000 items"
-        few = some_batches(dl, 2000, 1) if n_items(dl)>2000 else None
-        return few or (dl, len(dl))
-
-    def losses(self)->np.ndarray: # One for each candidate
-        "Validation losses, with statistics of their own"
-        train,valid = map(self.batches, self.learn.dls.loaders[:2])
-        check,rows = FairCheck(self.average, self.learn, self.cb.fit_state),[]
-        with warnings.catch_warnings(), without_workers(train[0], valid[0]):
+    def losses(self)->list: # One for each candidate
+        "Losses on the same validation items, with statistics of their own from the same training items"
+        learn,rows,surface = self.learn,[],Surface(self.learn, False)
+        surface.layers = self.average.layers
+        with warnings.catch_warnings(), isolated_pass(learn, learn.dls.train, inner=True):
             warnings.simplefilter('ignore')                    # what there is to say of them has been said
+            learn.create_mbar = False
+            surface.keep_batches(2000, 2000)
             for w in self.candidates().values():
-                with w.swapped(self.model) if w else nullcontext(): rows.append(check.losses(train, valid).mean())
-        return np.mean(from_all(self.learn, rows), axis=0)
+                with w.swapped(self.model) if w else nullcontext(), surface.own_stats():
+                    rows.append(surface.score(surface.valid)[0])
+        return np.mean(from_all(learn, rows), axis=0).tolist()
 
     def valid_loss(self)->float:
         "On all validation data"
@@ -171,42 +181,48 @@ class WindowChoice:
 
     def take_last(self, stats=None):
         "The last weights become the average, the mean of one"
-        self.average.weights.begin_anew()
-        self.average.take(self.model)
-        self.average.stats,self.cb.collected = stats,[self.cb.fit_state.done]
+        with uninterrupted():
+            self.average.weights.begin_anew()
+            self.average.take(self.model)
+            self.average.stats,self.cb.collected = stats,[self.cb.fit_state.done]
 
-    def take_mean(self, name):
-        "The mean called `name` becomes the average, unless the last weights turn out to be better; what was put in"
+    def take_mean(self, name)->tuple: # Name of what is the average now, its validation loss, that of the other one
+        "The mean called `name` becomes the average, unless the last weights turn out to be better"
         w,learn,n_batches = self.average.weights,self.learn,self.cb.bn_batches
-        if self.candidates()[name] is w.tail: w.keep_tail()
-        self.cb.collected = self.cb.collected[-w.n:]
+        with uninterrupted():
+            if self.candidates()[name] is w.tail: w.keep_tail()
+            self.cb.collected = self.cb.collected[-w.n:]
         self.average.measure(learn, n_batches, measure_bn_within_memory, inner=True)
         with self.average.swapped(learn, inner=True): mean = self.valid_loss()
         stats = measure_bn_within_memory(learn, self.average.layers, n_batches, inner=True) or BNStats([])
         with stats.swapped(): last = self.valid_loss()
-        if not last<mean: return f'{name} snapshots: validation loss {mean:.4g} against {last:.4g} of the last weights'
+        if mean<=last or not math.isfinite(last): return name,mean,{'the last weights':last}
         self.take_last(stats)
-        return f'the last weights, statistics measured: validation loss {last:.4g} against {mean:.4g} of {name}'
+        return 'the last weights',last,{name:mean}
 
-    def by_training_loss(self):
+    def by_training_loss(self)->str:
         "Where there are no validation data"
-        falls = clearly_falls(np.mean(from_all(self.learn, self.cb.auto.seen['train']), axis=0), 2/3)
-        name = list(self.candidates())[0 if falls else -1]
-        if falls or not self.average.n: self.take_last()
-        return f'{name} (no validation data: the training loss {"still falls" if falls else "no longer falls"})'
+        train = np.mean(from_all(self.learn, self.cb.auto.seen['train']), axis=0)
+        last = len(train)<3 or clearly_falls(train, 2/3)
+        name = list(self.candidates())[0 if last else -1]
+        if name=='the last weights': self.take_last()
+        how = 'still falls' if last else 'falls no more'
+        return f'{name}: there are no validation data, and the training loss {how}'
 
-    def __call__(self)->str: # What was put in, and why
+    def __call__(self)->tuple: # What to say, and the validation loss of what was taken
         "Choose; in a distributed fit all processes decide together"
         with uninterrupted(patience=1):
             loaders = self.learn.dls.loaders
-            if len(loaders)<2 or not dl_len(loaders[1]): return self.by_training_loss()
-            losses,names = self.losses(),list(self.candidates())
-            chosen = int(np.where(np.isfinite(losses), losses, np.inf).argmin())
-            if chosen: return self.take_mean(names[chosen])
-            self.take_last()
-            last,*means = losses
-            means = ', '.join(f'{o:.4g} of {k}' for k,o in zip(names[1:], means))
-            return f'{names[0]}, statistics measured: validation loss {last:.4g}'+(means and f' against {means}')
+            if len(loaders)<2 or not dl_len(loaders[1]): return self.by_training_loss(),math.nan
+            losses = dict(zip(self.candidates(), self.losses()))
+            name = min(losses, key=lambda k: losses[k] if math.isfinite(losses[k]) else math.inf)
+            loss = losses.pop(name)
+            if name!='the last weights': name,loss,losses = self.take_mean(name)
+            else: self.take_last()
+        if name=='the last weights' and clearly_falls(self.cb.auto.seen['valid']): name = f'still improving: {name}'
+        if self.average.layers: name += ', statistics measured'
+        others = ', '.join(f'{o:.4g} of {k}' for k,o in losses.items())
+        return f'{name}: validation loss {loss:.4g}'+(others and f' against {others}'),loss
 
 # %% ../nbs/29_auto.ipynb #5059f416
 class StartsByItself:
@@ -222,11 +238,17 @@ class StartsByItself:
     def plan(self, n_epoch, n_iter):
         "Points from a quarter of the fit on, and no cycles of the rate"
         if not self.is_auto: return super().plan(n_epoch, n_iter)
-        return replace(self.plan_from(.25, n_epoch, n_iter), begin=n_epoch*n_iter)
+        if self.cycle_len is None: points = self.plan_from(.25, n_epoch, n_iter)
+        else:
+            left = n_epoch-iters_before(.25, n_epoch, n_iter)/max(n_iter, 1)
+            points = swa_cycles(n_epoch, n_iter, .25, min(self.cycle_len, left) if left else self.cycle_len)
+        return replace(points, begin=n_epoch*n_iter)
 
     def drawn_cycles(self):
         cycles = super().drawn_cycles()
         return replace(cycles, begin=0, ends=()) if self.is_auto else cycles
+
+    def draw_hint(self): return '' if self.is_auto else super().draw_hint()
 
     def tell_of_annealing(self):
         if not self.is_auto: super().tell_of_annealing()
@@ -265,16 +287,26 @@ class StartsByItself:
         "Put the best window into the average; that this fails is no reason to lose a training"
         if not self.n_averaged: self.collect()                   # a fit that was stopped before the first point
         if not self.n_averaged: return
-        try: self.decision = WindowChoice(self)()
+        try: self.decision,self.auto.loss = WindowChoice(self)()
         except Exception as e:
             self.warn_once('choice', f'which window is the best could not be found out ({type(e).__name__}: {e}): '
-                                     f'the mean of {self.n_averaged} snapshots is put in. {self.prefix}.compare(learn) '
-                                     'says whether it is better than the last weights')
+                                     f'the average is that of {self.n_averaged} snapshots. '
+                                     f'{self.prefix}.compare(learn) says whether it is better than the last weights')
+
+    def _try_check(self):
+        if self.decision is None: super()._try_check()           # the choice has made sure, and exactly
+
+    def _better_was_loaded(self)->bool:
+        "Whether `SaveModelCallback` has loaded weights that are better than the choice, or are the best by a metric"
+        loaders = [cb for cb in self.learn._grab_cbs(SaveModelCallback) if not (cb.every_epoch or cb.at_end)]
+        return any(cb.monitor!='valid_loss' or not self.auto.loss<cb.best for cb in loaders)
 
     def last_of_all(self):
-        super().last_of_all()
-        if self.decision is None: return
-        self.save_progress()                                     # the file has the choice, too
+        if self.decision is None: return super().last_of_all()
         held = self.auto.seen['held']
         if held: self.decision += f'. The rate was held from epoch {held/self.fit_state.cycles.n_iter:.3g} on'
+        if self._better_was_loaded():
+            self.decision += '. The weights that SaveModelCallback has loaded stay in the model'
+        else: super().last_of_all()
+        self.save_progress()                                     # the file has the choice, too
         if self.learn.logger is not noop and not rank_distrib(): print(f"SWA(start='auto'): {self.decision}")

@@ -629,7 +629,6 @@ class SWA(StartsByItself, RateCycles):
         check_swa_args(start, swa_lr, cycle_len, swa_lr_max, sched)
         self.start,self.swa_lr,self.cycle_len = start,swa_lr,cycle_len
         self.swa_lr_max,self.sched = swa_lr_max,sched
-        if start=='auto': self.check = False      # it makes sure by itself, and exactly
 
     @property
     def swa_model(self)->nn.Module:

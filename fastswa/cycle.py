@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/28_cycle.ipynb #51015ce2
 import math
 from bisect import bisect_right
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import wraps
 
@@ -80,7 +81,7 @@ class FitState:
         "What a fit that goes on has to get back"
         peaks,moms = (None if o is None else [float(v) for v in o] for o in (self.peaks,self.held_moms))
         res = dict(done=self.done, peaks=peaks, moms=moms)
-        if self.auto is not None: res['auto'] = dict(self.auto)
+        if self.auto is not None: res['auto'] = deepcopy(self.auto)
         return dict(res, steps=self.steps, taken_at=self.taken_at) if self.steps else res
 
     def go_on(self, saved):
@@ -89,7 +90,7 @@ class FitState:
         self.peaks = None if peaks is None else np.array(peaks, dtype=float)
         self.held_moms = None if moms is None else list(moms)
         self.done,self.steps,self.taken_at = saved['done'],saved.get('steps', 0),saved.get('taken_at', 0)
-        self.auto = saved.get('auto')
+        self.auto = deepcopy(saved.get('auto'))
 
 # %% ../nbs/28_cycle.ipynb #92f89bff
 def get_sched(

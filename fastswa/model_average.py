@@ -148,6 +148,14 @@ def _check_saved_stats(bn, wrong):
             wrong(f'the BatchNorm statistics of {k} are no pair of tensors of one shape')
         if not all_finite(o) or (o[1]<0).any(): wrong(f'the BatchNorm statistics of {k} are no means and variances')
 
+def _check_saved_start(auto, wrong):
+    "What an automatic start has seen and decided"
+    lists,counts = ('valid','train','lrs'),('decided','held','total')
+    def number(o): return isinstance(o, (int,float)) and not isinstance(o, bool)      # a loss may be nan
+    ok = isinstance(auto, dict) and {*lists,*counts}<=set(auto) and all(is_int(auto[k]) and auto[k]>=0 for k in counts)
+    if not (ok and all(isinstance(auto[k], list) and all(map(number, auto[k])) for k in lists)):
+        wrong('what its automatic start has seen is not what an SWA saves')
+
 def check_saved(
     state, # Anything
     name:str='SWA', # Name of the callback that it should be of
@@ -176,6 +184,7 @@ def check_saved(
     if layers is not None and not (isinstance(layers, (list,tuple)) and all(isinstance(o, str) for o in layers)):
         wrong('its layers are no list of names')
     if state['bn'] is not None: _check_saved_stats(state['bn'], wrong)
+    if state.get('auto') is not None: _check_saved_start(state['auto'], wrong)
 
 def _layer(model, k):
     try: return model.get_submodule(own_name(k))
