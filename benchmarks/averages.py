@@ -224,7 +224,7 @@ def swa(fit):
 def auto(fit):
     avg = SWA(start='auto', check=False)
     learn = fit(avg)
-    took = re.match('the last weights|the mean of (all|the last)', avg.decision)[0]
+    took = re.search('the last weights|the mean of (all|the last)', avg.decision)[0]
     return {'auto':dict(test(learn), n=avg.n_averaged, took=took, held=int(avg.auto.seen['held']>0))}
 
 def ensemble(fit, make):
