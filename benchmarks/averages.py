@@ -375,9 +375,16 @@ def counts(res, arm, m='loss', names=tasks, against='control'):
     "In how many fits an arm is clearly lower than another, not clearly either, clearly higher"
     return clearly(res, arm, against, fits_of(res, names), m)
 
-def better(res, task, fit, m='loss', among=('control','SWA')):
-    "Which of two arms has the lower mean"
-    return min(among, key=lambda o: mean(v[m] for v in of(res, task, fit, o).values()))
+def means(res, task, fit, among, m='loss'):
+    "Of each arm in `among`, over the seeds that all of them have"
+    rs = [of(res, task, fit, o) for o in among]
+    seeds = set(rs[0]).intersection(*rs)
+    return {o:mean(r[s][m] for s in sorted(seeds)) for o,r in zip(among, rs)}
+
+def better(res, task, fit, among=('control','SWA')):
+    "Which of two arms has the lower mean loss"
+    ms = means(res, task, fit, among)
+    return min(ms, key=ms.get)
 
 def with_error(d, n=3): return f'{signed(d[0], n)} ± {d[1]:.{n}f} ({d[2]}/{d[3]})' if d else ''
 
@@ -442,7 +449,7 @@ def sentences(res):
     cols,held_out = fits_of(res),fits_of(res, judging)
     usual = [o for o in cols if o[0] not in ('movies','lite0')]
     f = list(tasks['lite0']['fits'])[-1]
-    errs = [mean(o['err'] for o in of(res, 'lite0', f, arm).values()) for arm in ('running','control','SWA')]
+    errs = means(res, 'lite0', f, ('running','control','SWA'), 'err').values()
     ns = {o:both_ways(res, o, 'control', long) for o in ('SWA','own rate','EMA','LAWA','soup')}
     each = '; '.join('{}: {} and {}'.format(words[o], *n) for o,n in ns.items())
     def count(arm, against='control', among=cols): return both_ways(res, arm, against, among)
