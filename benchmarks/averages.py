@@ -326,7 +326,7 @@ def difference(a, b, m='loss'):
 
 def fits_of(res, names=tasks):
     "(task, fit) of which there are results"
-    return [(k,f) for k in names for f in tasks[k]['fits'] if of(res, k, f, 'control')]
+    return [(k,f) for k in names if k in res for f in tasks[k]['fits'] if of(res, k, f, 'control')]
 
 def signed(v, n): return f'{round(v, n)+0.:+.{n}f}'     # no -0.0
 
