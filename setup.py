@@ -18,5 +18,5 @@ setup(
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
     packages=find_packages(include=['fastswa', 'fastswa.*']), package_data=dict(fastswa=['py.typed']), zip_safe=False,
     python_requires='>='+cfg['min_python'],
-    install_requires=cfg['requirements'].split(), extras_require=dict(dev=cfg['dev_requirements'].split()),
+    install_requires=cfg['requirements'].split(), extras_require={k:cfg[f'{k}_requirements'].split() for k in ('dev','bench')},
     entry_points=dict(console_scripts=cfg['console_scripts'].split(), nbdev=['fastswa=fastswa._modidx:d']))
