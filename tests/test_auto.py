@@ -79,7 +79,7 @@ def test_what_is_averaged_is_the_points_from_a_quarter_on_and_their_last_third(e
     def look(self):
         w = self.average.weights
         seen.update(n=w.n, tail=w.tail.n, all=[o.clone() for o in w.average], last=[o.clone() for o in w.tail.average])
-        return 'looked'
+        return 'looked',0.
     monkeypatch.setattr(WindowChoice, '__call__', look)
     l,swa = learner(),new(cycle_len=cycle_len); took = Took(swa)
     fit(l, epochs, cbs=[swa, took])
