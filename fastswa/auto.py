@@ -18,7 +18,7 @@ from fastai.torch_core import rank_distrib
 
 from .average import WeightAverage, all_finite
 from .batchnorm import BNStats
-from .learner import is_shared, measure_bn, measure_bn_within_memory, score
+from .learner import is_shared, measure_bn, measure_bn_within_memory, score, trained_layers
 from .loader import batch_size, dl_len
 from .params import unwrap
 from .processes import together
@@ -80,6 +80,7 @@ class AutoStart:
         state,self.cb = cb.fit_state,cb
         n_iter,n_epoch = state.cycles.n_iter,cb.learn.n_epoch
         self.stretch,self.sum,self.n = max(1, n_iter*n_epoch//64),0.,0
+        self.loss = math.nan        # of what is put in, on validation data
         # losses so far; iterations done when the rates were looked at, and when they were held; which those are
         new = dict(valid=[], train=[], decided=0, held=0, lrs=[], total=n_epoch*n_iter)
         self.seen = state.auto = self.gone_on_with(new, state.auto)
@@ -152,6 +153,8 @@ class WindowChoice:
     def __init__(self, cb):
         self.cb,self.learn,self.average = cb,cb.learn,cb._average
         self.model = unwrap(self.learn.model)
+        # weights that are taken now would be taken from a model in evaluation mode, where none or all layers train
+        self.average.layers = trained_layers(self.learn)
 
     def candidates(self)->dict:
         "Name -> `WeightAverage`, None for the model's own weights if these are numbers; the simplest first"
@@ -181,7 +184,7 @@ class WindowChoice:
         "The last weights become the average, the mean of one"
         with uninterrupted():
             self.average.weights.begin_anew()
-            self.average.take(self.model)
+            self.average.weights.update(self.model)
             self.average.stats,self.cb.collected = stats,[self.cb.fit_state.done]
 
     def take_mean(self, name)->tuple: # Name of what is the average now, its validation loss, that of the other one

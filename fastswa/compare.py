@@ -61,7 +61,7 @@ def compare_average(
 # %% ../nbs/29_compare.ipynb #72978d2f
 def _worker_owner(dl): return getattr(dl, 'fake_l', dl)     # fastai's loaders leave their workers to one of torch's
 
-def n_items(dl)->int:
+def _n_items(dl):
     "Items that this process reads in an epoch"
     most = (dl_len(dl) or 0)*batch_size(dl)
     return min(getattr(dl, 'n', None) or most, most)
@@ -113,7 +113,7 @@ class FairCheck:
         # workers share the work of the fit, and none of this
         workers = max(1, *(getattr(_worker_owner(dl), 'num_workers', 0) for dl in loaders))
         # both sets of weights see `n` items of each loader: together a twentieth of what the fit has read
-        n = int(min(2000, epochs*sum(map(n_items, loaders))/20/4/workers))
+        n = int(min(2000, epochs*sum(map(_n_items, loaders))/20/4/workers))
         parts = [some_batches(dl, n, k) for dl,k in zip(loaders, (1,4))] if n>=32 else [None]
         return None if None in parts else parts
 
