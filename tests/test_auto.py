@@ -409,7 +409,7 @@ def test_the_last_weights_are_looked_at_with_statistics_of_their_own(monkeypatch
                 if hasattr(m, 'running_mean'): m.running_mean.add_(3.)
     l,swa = learner(),new(install=False); fit(l, 3, cbs=[swa, Spoil()])
     with quiet(l): df = swa.compare(l)
-    assert df.loss.iloc[0]>1.01*df.loss.iloc[1]                         # spoiled; and yet:
+    assert df.loss.iloc[0]>2*df.loss.iloc[1]              # spoiled (20 seeds, two instruction sets: 4.2 to 5.6 times), and yet:
     assert df.loss.iloc[2]<=df.loss.iloc[1]*(1+1e-6)
     said = float(swa.decision.split('validation loss ')[1].split()[0])
     assert said==pytest.approx(df.loss.iloc[2], rel=1e-3)
