@@ -95,6 +95,14 @@ class AutoStart:
         if old['decided']<now: kept.update({k:old[k] for k in ('decided','held','lrs')})
         return {**new, **kept}
 
+    def progress(self)->dict:
+        "What is not in the state of the fit"
+        return dict(sum=self.sum, n=self.n, loss=self.loss)
+
+    def set_progress(self, saved):
+        self.sum,self.n,self.loss = saved['sum'],saved['n'],saved['loss']
+        self.seen = self.cb.fit_state.auto
+
     def see_batch(self, loss):
         # a tensor, as nobody waits for a GPU, in float32, as half precision cannot add up many
         self.sum,self.n = self.sum+loss.detach().float().mean(),self.n+1
@@ -273,6 +281,16 @@ class StartsByItself:
         if self.is_auto and self._average is not None: self.auto.before_take(self._average.weights)
         super().take(model)
 
+    def progress(self):
+        res = super().progress()
+        return dict(res, auto=self.auto.progress(), decision=self.decision) if self.is_auto else res
+
+    def set_progress(self, saved):
+        super().set_progress(saved)
+        if self.is_auto:
+            self.decision = saved['decision']
+            self.auto.set_progress(saved['auto'])
+
     def forget(self):
         "Nothing of what was collected counts any more"
         if self._average is None: return
@@ -281,7 +299,7 @@ class StartsByItself:
             self._average.stats,self.collected = None,[]
 
     def training_ends(self):
-        if self.is_auto and not self._columns.best: self._choose()
+        if self.is_auto and self.decision is None and not self._columns.best: self._choose()
         super().training_ends()
 
     def _choose(self):

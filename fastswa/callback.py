@@ -425,6 +425,19 @@ class AverageCallback(SavesAverage):
 
     def _swapped(self): return self._average.swapped(self.learn, self.bn_batches, inner=True)
 
+    def progress(self):
+        savers = [*self.learn._grab_cbs(SaveModelCallback)]
+        best = [(savers.index(cb), *o) for cb,o in self._columns.best.items()]
+        return dict(super().progress(), average=self.state_dict() if self.n_averaged else None, best=best)
+
+    def set_progress(self, saved):
+        super().set_progress(saved)
+        savers,self._average = [*self.learn._grab_cbs(SaveModelCallback)],None
+        if saved['average'] is not None:
+            average = SavedAverage(saved['average'], type(self).__name__, self.prefix)
+            self._average = average.for_model(self.make_average(unwrap(self.learn.model)))
+        self._columns.best = {savers[k]:(n,list(collected)) for k,n,collected in saved['best']}
+
     def after_validate(self):
         if not self.in_fit or not self._columns.names: return
         if getattr(self.learn.recorder, 'cancel_valid', False): return
@@ -448,7 +461,8 @@ class AverageCallback(SavesAverage):
                f'memory, then {self.prefix}.apply(learn) puts the average in')
         with oom_as_warning(self, 'final', msg), uninterrupted(patience=1):
             self._average.measure(self.learn, self.bn_batches, measure_bn_within_memory, inner=True)
-        if self._average.stats is not None and self.check and self.install and not self._columns.best: self._try_check()
+        known = self._average.stats is None or self.fit_state.ended or self._columns.best
+        if self.check and self.install and not known: self._try_check()
 
     def _try_check(self):
         "The check, which is no reason to lose an average"

@@ -45,6 +45,7 @@ class FitState:
     cycle_lrs:tuple=None            # Rates at both ends of a cycle, an array each; None until the first cycle begins
     lrs:list=field(default_factory=list)      # Rate of the last group in each iteration since `first_iter`
     warned:set=field(default_factory=set)     # What was warned of
+    ended:bool=False                # Whether training is over, and what comes right after it done
     auto:dict=None                  # What an automatic start has seen and decided, in plain numbers; None without one
 
     def look_ahead(self):
@@ -76,6 +77,10 @@ class FitState:
         lrs = np.array([h['lr'] for h in hypers], dtype=float)
         known = self.peaks is not None and len(self.peaks)==len(lrs)
         self.peaks = np.maximum(self.peaks, lrs) if known else lrs
+
+    def progress(self)->dict:
+        "All of it that is not planned anew when the fit goes on"
+        return {k:v for k,v in vars(self).items() if k not in ('lr_leader','cycles','epoch')}
 
     def saved(self)->dict:
         "What a fit that goes on has to get back"
@@ -217,6 +222,7 @@ class CycleHooks(CallbackWithHelpers):
     _stateattrs = 'fit_state','_coming','collected','paused'
     # defaults, as a missing attribute would be looked up in the learner and then in the model
     fit_state,_coming = None,None       # of the fit going on, or the last one; of one that may be about to begin
+    goes_on_from = None                 # the `progress` with which the coming fit goes on; {} of one that had none yet
     collected,paused = [],()            # iterations of weights taken (a fit makes its own list); trackers that wait
     start = None                        # when a subclass begins, where it was told
 
@@ -283,6 +289,17 @@ class CycleHooks(CallbackWithHelpers):
     def resume_or_reset(self, model, previous):
         "Go on with what was collected before, or begin anew; `previous` is the state of the fit before, or None"
         self.collected = []
+
+    def begin_again(self): "A run that was killed before it had any `progress` begins again: what it has left may go"
+
+    def progress(self)->dict:
+        "All that has to be put back where this fit goes on in another process; tensors, not copies"
+        return dict(fit=self.fit_state.progress(), collected=list(self.collected))
+
+    def set_progress(self, saved):
+        "Have a fit that has begun go on from `progress`, to the bit"
+        vars(self.fit_state).update(saved['fit'])
+        self.collected = list(saved['collected'])
 
     def draw_hint(self)->str:
         "What to type for a picture where there was no fit yet"
@@ -378,7 +395,7 @@ class CycleCallback(CycleHooks):
 
     def before_epoch(self):
         if self._coming is None or self.learn.lock.locked(): return
-        self._coming.epoch += 1
+        self._coming.epoch = self.learn.epoch
         pause_trackers(self, self._coming.epoch<start_epoch(self.learn))
 
     def before_train(self):
@@ -393,7 +410,10 @@ class CycleCallback(CycleHooks):
         state.cycles = self.plan(learn.n_epoch, n_iter)
         self.check_fit(len(learn.opt.hypers))
         self.fit_state,state.done = state,state.epoch*n_iter
-        try: self.resume_or_reset(unwrap(learn.model), previous)
+        saved,self.goes_on_from = self.goes_on_from,None
+        try:
+            if saved=={}: self.begin_again()
+            if not saved: self.resume_or_reset(unwrap(learn.model), previous)
         except BaseException:
             self.fit_state,self._coming = previous,None
             raise
@@ -401,6 +421,13 @@ class CycleCallback(CycleHooks):
         if state.first_iter: derive_from_sched(state, learn, state.first_iter)
         warn_of_plan(self)
         self.training_begins()
+        if saved: self.set_progress(saved)
+
+    def go_on(self, saved):
+        "Set the `progress` of a fit that goes on here, and begin it where it has not begun"
+        if self.in_fit: return self.set_progress(saved)
+        self.goes_on_from = saved
+        self._begin()
 
     def after_pred(self):
         "Set this iteration's learning rate, after every scheduler and before the step"
@@ -445,12 +472,16 @@ class CycleCallback(CycleHooks):
     def before_dismantling(self):
         if self._coming is None or self.learn.lock.locked(): return
         pause_trackers(self, False)
-        if not self.in_fit and 0<self.learn.n_epoch<=start_epoch(self.learn):
+        saved = self.goes_on_from
+        over = saved or 0<self.learn.n_epoch<=start_epoch(self.learn)
+        if over and not self.in_fit:
             # all was done before: what is left is what comes after training
             self._coming.epoch = self.learn.n_epoch
             self._begin()
-            self.fit_state.begin_epoch()
-        if self.in_fit: self.training_ends()
+            if not saved: self.fit_state.begin_epoch()
+        if not self.in_fit: return
+        self.training_ends()
+        self.fit_state.ended = True
 
     def end_fit(self):
         if self._coming is None or self.learn.lock.locked(): return

@@ -164,6 +164,19 @@ class Ensemble(Committee, CycleCallback):
             self.warn_once('lost', f'{len(lost)} members of the fit that goes on here are not there, and the ensemble '
                                    'will be without them. With keep_on=Path(folder) members outlive a process')
 
+    def begin_again(self): self.store.set_progress([])
+
+    def progress(self):
+        layers = None if self._layers is None else layer_names(unwrap(self.learn.model), self._layers)
+        return dict(super().progress(), members=self.store.progress(), layers=layers)
+
+    def set_progress(self, saved):
+        super().set_progress(saved)
+        learn,model = self.learn,unwrap(self.learn.model)
+        self.store.open(learn.path/learn.model_dir, type(self).__name__, is_ddp(learn.model))
+        self.store.set_progress(saved['members'])
+        self._layers = None if saved['layers'] is None else [model.get_submodule(k) for k in saved['layers']]
+
     def take(self, model):
         self._layers,state = bn_layers(model),self.fit_state
         with uninterrupted(patience=1):
@@ -182,7 +195,7 @@ class Ensemble(Committee, CycleCallback):
 
     def training_ends(self):
         warn_of_nothing(self)
-        if self.member_batches==0: return
+        if self.member_batches==0 or self.fit_state.ended: return
         layers = trained_layers(self.learn) if self._layers is None else self._layers
         if not layers: return
         with uninterrupted(patience=1):

@@ -67,22 +67,31 @@ def _put_back(xs, old):
 _rngs = {random.Random: ('getstate','setstate'), torch.Generator: ('get_state','set_state'),
          np.random.RandomState: ('get_state','set_state')}
 
-def _undo(v):
-    "Function and argument that put `v` back to what it is now; None for what is no random stream"
+def _access(v):
+    "Functions that read the state of the random stream `v`, and that set it; None for what is none"
     if isinstance(v, random.SystemRandom): return None                     # has no state
-    if isinstance(v, np.random.Generator): return partial(setattr, v.bit_generator, 'state'),v.bit_generator.state
+    if isinstance(v, np.random.Generator):
+        return partial(getattr, v.bit_generator, 'state'),partial(setattr, v.bit_generator, 'state')
     # shuffled in place by a language model's loader
-    if isinstance(v, ReindexCollection): return partial(_put_back, v.idxs),list(v.idxs)
-    return next(((getattr(v,put),getattr(v,get)()) for cls,(get,put) in _rngs.items() if isinstance(v, cls)), None)
+    if isinstance(v, ReindexCollection): return partial(list, v.idxs),partial(_put_back, v.idxs)
+    return next(((getattr(v,get),getattr(v,put)) for cls,(get,put) in _rngs.items() if isinstance(v, cls)), None)
+
+def _held(*objs):
+    "Access to the random streams that the objects, or what they are made of, keep as attributes: always in one order"
+    seen = set()
+    found = (_access(v) for o in objs for part in _walk(o, seen) for v in vars(part).values())
+    return [o for o in found if o]
+
+def _loader_parts(dls):
+    return [*{id(o):o for dl in dls for o in stateful_loaders(dl) if hasattr(o, '__dict__')}.values()]
 
 @contextmanager
 def _preserve_held(*objs):
     "Random streams that the objects, or what they are made of, keep as attributes"
-    seen = set()
-    undo = [_undo(v) for o in objs for part in _walk(o, seen) for v in vars(part).values()]
+    undo = [(put,get()) for get,put in _held(*objs)]
     try: yield
     finally:
-        for f,was in filter(None, undo): f(was)
+        for put,was in undo: put(was)
 
 @contextmanager
 def _preserve_global():
@@ -108,12 +117,49 @@ def preserve_rng(
     What cannot be kept: state within persistent workers, in files and in C libraries, what a data set counts or
     caches, the place of an iterable data set."""
     with uninterrupted(patience=1):
-        own = {id(o):o for dl in dls for o in stateful_loaders(dl) if hasattr(o,'__dict__')}.values()
+        own = _loader_parts(dls)
         with preserve_attrs(*own), _preserve_held(*own, *others), _preserve_global():
             if busy:
                 for o in own:       # persistent workers serve one iteration: another one would end it
                     if getattr(o,'_iterator',None) is not None: o._iterator = None
             yield
+
+# %% ../nbs/12_loader.ipynb #1cadb4e5
+def _cuda_states(): return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+def read_held(
+    *objs, # Anything with a `__dict__`
+)->list: # One state each, in an order that is the same for what is made alike
+    "The states of the random streams that objects, or what they are made of, keep as attributes"
+    return [get() for get,_ in _held(*objs)]
+
+def write_held(
+    states:list, # From `read_held`
+    *objs, # Objects made as those were
+):
+    "Set these random streams. ValueError where there are others than `states` is of"
+    streams = _held(*objs)
+    if len(streams)!=len(states): raise ValueError(f'{len(states)} random streams were kept, and here are {len(streams)}')
+    for (_,put),o in zip(streams, states): put(o)
+
+def read_streams(
+    *dls, # DataLoaders (fastai's or torch's)
+)->dict: # Plain values, arrays and tensors
+    "Where all random streams are: those of `preserve_rng`, for `write_streams`"
+    return dict(torch=torch.get_rng_state(), cuda=_cuda_states(), python=random.getstate(),
+                numpy=np.random.get_state(), held=read_held(*_loader_parts(dls)))
+
+def write_streams(
+    state:dict, # From `read_streams`
+    *dls, # DataLoaders made as those were
+):
+    "Have all random streams go on from there, in another process perhaps. Errors: `write_held`"
+    with uninterrupted():
+        write_held(state['held'], *_loader_parts(dls))
+        torch.set_rng_state(state['torch'])
+        if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
+        random.setstate(state['python'])
+        np.random.set_state(state['numpy'])
 
 # %% ../nbs/12_loader.ipynb #f44985e5
 def _begin(v, seed):

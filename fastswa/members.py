@@ -286,6 +286,29 @@ class MemberStore:
         why = None if isinstance(o, dict) else _refusal(o.unlink, missing_ok=True)
         return why and f'{o} could not be removed ({why})'
 
+    def progress(self)->list: # Members as dicts, or the iteration of one whose file stays where it is
+        "What has to be put back where a fit goes on in another process"
+        lasting = isinstance(self.keep_on, Path)
+        return [_iter(o) if lasting and isinstance(o, Path) else _read(o) for o in self.kept]
+
+    def set_progress(self,
+        saved:list, # What `progress` has returned
+    ):
+        """Have these members and no others: files of later ones go, as they will be made again.
+
+        Raises ValueError for a damaged file."""
+        kept = [self.folder.file(o) if is_int(o) else o for o in saved]
+        read_members(kept, [*map(_iter, kept)])
+        if isinstance(self.keep_on, Path) and not rank_distrib():
+            for o in set(self.folder.files())-set(kept): o.unlink(missing_ok=True)
+        self.kept = []
+        for o in kept: self._have(o)
+
+    def _have(self, o):
+        if isinstance(o, Path): self.kept.append(o)
+        elif self.in_memory: self.kept.append(dict(o, state={k:v.to(self.device) for k,v in o['state'].items()}))
+        else: self.put(o)
+
     def load(self,
         folder, # Path of a folder with members
     )->tuple: # What to keep, and the members, read
