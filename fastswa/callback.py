@@ -75,6 +75,15 @@ class AverageColumns:
         if values is None: values = [math.nan]*len(self.names)
         self.learn.recorder.log += values
 
+    def progress(self)->list:
+        "The best so far, by the place of the callback that has saved it"
+        savers = [*self.learn._grab_cbs(SaveModelCallback)]
+        return [(savers.index(cb), *o) for cb,o in self.best.items()]
+
+    def set_progress(self, saved):
+        savers = [*self.learn._grab_cbs(SaveModelCallback)]
+        self.best = {savers[k]:(n,list(collected)) for k,n,collected in saved}
+
     def after_epoch(self,
         swapped, # Function that makes a context in which the model is the average
         n:int, # Snapshots in the average
@@ -238,6 +247,14 @@ class SavesAverage(HoldsAverage):
             raise RuntimeError(f'the model holds the present average: take it out with {self.prefix}.restore(learn) '
                                'before loading another')
         self._average = SavedAverage(state, type(self).__name__, self.prefix)
+
+    def progress(self): return dict(super().progress(), average=self.state_dict() if self.n_averaged else None)
+    def set_progress(self, saved):
+        super().set_progress(saved)
+        self._average = None
+        if saved['average'] is None: return
+        average = SavedAverage(saved['average'], type(self).__name__, self.prefix)
+        self._average = average.for_model(self.make_average(unwrap(self.learn.model)))
 
     def save(self,
         file, # Path
@@ -425,18 +442,10 @@ class AverageCallback(SavesAverage):
 
     def _swapped(self): return self._average.swapped(self.learn, self.bn_batches, inner=True)
 
-    def progress(self):
-        savers = [*self.learn._grab_cbs(SaveModelCallback)]
-        best = [(savers.index(cb), *o) for cb,o in self._columns.best.items()]
-        return dict(super().progress(), average=self.state_dict() if self.n_averaged else None, best=best)
-
+    def progress(self): return dict(super().progress(), best=self._columns.progress())
     def set_progress(self, saved):
         super().set_progress(saved)
-        savers,self._average = [*self.learn._grab_cbs(SaveModelCallback)],None
-        if saved['average'] is not None:
-            average = SavedAverage(saved['average'], type(self).__name__, self.prefix)
-            self._average = average.for_model(self.make_average(unwrap(self.learn.model)))
-        self._columns.best = {savers[k]:(n,list(collected)) for k,n,collected in saved['best']}
+        self._columns.set_progress(saved['best'])
 
     def after_validate(self):
         if not self.in_fit or not self._columns.names: return

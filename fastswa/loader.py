@@ -139,7 +139,8 @@ def write_held(
 ):
     "Set these random streams. ValueError where there are others than `states` is of"
     streams = _held(*objs)
-    if len(streams)!=len(states): raise ValueError(f'{len(states)} random streams were kept, and here are {len(streams)}')
+    if len(streams)!=len(states):
+        raise ValueError(f'{len(states)} random streams were kept, and here are {len(streams)}: objects made otherwise')
     for (_,put),o in zip(streams, states): put(o)
 
 def read_streams(

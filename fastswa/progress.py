@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/52_progress.ipynb #8ec0f2f0
+# %% ../nbs/52_progress.ipynb #c2566696
 import math
 from collections import defaultdict
 
 import numpy as np
 import torch
 from fastcore.foundation import L
-from fastai.callback.core import Callback
 from fastai.learner import Metric
 from fastai.torch_core import TensorBase, to_device
 
@@ -21,26 +20,31 @@ from .cycle import CycleCallback, Helper
 from .loader import read_held, read_streams, write_held, write_streams
 from .params import unwrap
 
-# %% ../nbs/52_progress.ipynb #1be085b6
-def same_value(a, b)->bool:
-    "Whether two plain values are the same, nan being the same as nan"
+# %% ../nbs/52_progress.ipynb #f9be7c28
+def same_value(
+    a, # A plain value
+    b, # Another one
+)->bool:
+    "Whether both are the same; nan is the same as nan"
     if a is b: return True
-    if type(a)!=type(b): return False
-    if isinstance(a, torch.Tensor): return a.shape==b.shape and a.dtype==b.dtype and np.array_equal(*_arrays(a, b))
+    if type(a) is not type(b): return False
+    if isinstance(a, torch.Tensor): return a.shape==b.shape and a.dtype==b.dtype and bool((_bits(a)==_bits(b)).all())
     if isinstance(a, np.ndarray): return a.dtype==b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind in 'fc')
     if isinstance(a, dict): return a.keys()==b.keys() and all(same_value(v, b[k]) for k,v in a.items())
     if isinstance(a, (list,tuple,L)): return len(a)==len(b) and all(map(same_value, a, b))
     return a==b or isinstance(a, float) and math.isnan(a) and math.isnan(b)
 
-def _arrays(*ts): return [t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for t in ts]
+def _bits(t): return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 def _is_scalars(v):
     return isinstance(v, list) and len(v)>8 and all(isinstance(o, torch.Tensor) and o.ndim==0 for o in v)
 
+def _is_metrics(v): return isinstance(v, (list,L)) and len(v)>0 and all(isinstance(o, Metric) for o in v)
+
 def _pack(v):
     "A plain value as it is now; a list of many losses as one tensor, as each would be a file in the file"
     if isinstance(v, Metric): return dict(metric=_attrs(v))
-    if isinstance(v, (list,L)) and len(v) and all(isinstance(o, Metric) for o in v): return dict(metrics=[_attrs(o) for o in v])
+    if _is_metrics(v): return dict(metrics=[_attrs(o) for o in v])
     if _is_scalars(v): return dict(scalars=torch.stack([o.detach() for o in v]).as_subclass(torch.Tensor))
     return dict(value=from_saved(to_saved(v)))
 
@@ -53,10 +57,9 @@ def _unpack(old, saved):
     for m,attrs in zip(metrics, states): _fill(m, attrs)
     return old
 
-def _is_metrics(v): return isinstance(v, (list,L)) and len(v)>0 and all(isinstance(o, Metric) for o in v)
-
 def _attrs(o, skip=()):
-    return {k:_pack(v) for k,v in vars(o).items() if k not in skip and (isinstance(v, Metric) or _is_metrics(v) or is_plain(v))}
+    kept = {k:v for k,v in vars(o).items() if k not in skip}
+    return {k:_pack(v) for k,v in kept.items() if isinstance(v, Metric) or _is_metrics(v) or is_plain(v)}
 
 def _fill(o, attrs):
     for k,v in attrs.items(): vars(o)[k] = _unpack(vars(o).get(k), v)
@@ -77,10 +80,10 @@ class Counted:
         "Give the object the attributes that `read` has returned"
         _fill(self.o, saved)
 
-# %% ../nbs/52_progress.ipynb #aa39600b
-_no_state = {'learn','_learn','run','owner','_helpers','logger','old_logger','iter','n_iter','epoch','n_epoch','dl','xb','yb','x','y',
-             'pred','loss','loss_grad','training','lock','dls','model','opt','opt_func','path','model_dir','lr','wd','cbs','scaler',
-             'create_mbar','autocast'}
+# %% ../nbs/52_progress.ipynb #2082a015
+# what the fit at hand sets: for a batch, an epoch, or all of it
+_set_anew = {'learn','run','logger','old_logger','start_epoch','iter','n_iter','epoch','n_epoch','dl','xb','yb','x','y',
+             'pred','loss','loss_grad','training','lr','wd','path','model_dir','create_mbar'}
 
 def named_cbs(
     cbs, # Callbacks
@@ -110,7 +113,8 @@ def _on(p, v): return v.to(p.device) if isinstance(v, torch.Tensor) and v.ndim e
 def _module_memory(model):
     "What modules that can be `reset` remember from one batch to the next, such as the state of a recurrent network"
     mods = {k:m for k,m in model.named_modules() if callable(getattr(type(m), 'reset', None))}
-    return {k:{n:v for n,v in vars(m).items() if not n.startswith('_') and n!='training' and is_plain(v)} for k,m in mods.items()}
+    def memory(m): return {k:v for k,v in vars(m).items() if k[0]!='_' and k!='training' and is_plain(v)}
+    return {k:memory(m) for k,m in mods.items()}
 
 class FitProgress:
     "What a fit of `learn`, whose callbacks have all been set up, has to get back to go on to the bit"
@@ -120,8 +124,8 @@ class FitProgress:
     ):
         self.learn = learn
         self.cbs = {k:cb for k,cb in named_cbs(learn.cbs).items() if cb is not owner}
-        self.counted = {k:Counted(cb, _no_state) for k,cb in self.cbs.items() if not isinstance(cb, CycleCallback)}
-        self.counted['the learner'] = Counted(learn, _no_state|{*(cb.name for cb in learn.cbs)})
+        self.counted = {k:Counted(cb, _set_anew) for k,cb in self.cbs.items() if not isinstance(cb, CycleCallback)}
+        self.counted['the learner'] = Counted(learn, _set_anew)
 
     def loaders(self): return self.learn.dls.loaders
     def streams(self)->dict: return read_streams(*self.loaders())
@@ -133,7 +137,8 @@ class FitProgress:
         own,params = {id(p) for p in model.parameters()},_opt_params(learn)
         scaler = getattr(learn, 'scaler', None)
         return dict(
-            model=model.state_dict(), memory=_module_memory(model), opt=learn.opt.state_dict(), frozen=learn.opt.frozen_idx,
+            model=model.state_dict(), memory=_module_memory(model),
+            opt=learn.opt.state_dict(), frozen=learn.opt.frozen_idx,
             trained=[p.requires_grad for p in model.parameters()], grads=[_grad(p) for p in params],
             others=[None if id(p) in own else p.detach() for p in params],      # half precision has its own copies
             scaler=None if scaler is None else scaler.state_dict())
