@@ -393,7 +393,6 @@ class AverageCallback(SavesAverage):
     def __repr__(self): return f'{type(self).__name__}(n_averaged={self.n_averaged})'
 
     def verb(self): return 'averaged'
-
     def unknown_param(self, name)->str:
         "What to say of a parameter that it does not have"
         return f'it has no parameter {name}'
@@ -465,13 +464,12 @@ class AverageCallback(SavesAverage):
     def training_ends(self):
         # they would load the best average over the last weights
         self._columns.run_trackers(False, SaveModelCallback)
-        if not self.n_averaged: return warn_of_nothing(self)
+        if not self.n_averaged or self.fit_state.ended: return warn_of_nothing(self)
         msg = ('BatchNorm statistics of the average were measured: the learner keeps its last weights. Free some '
                f'memory, then {self.prefix}.apply(learn) puts the average in')
         with oom_as_warning(self, 'final', msg), uninterrupted(patience=1):
             self._average.measure(self.learn, self.bn_batches, measure_bn_within_memory, inner=True)
-        known = self._average.stats is None or self.fit_state.ended or self._columns.best
-        if self.check and self.install and not known: self._try_check()
+        if self._average.stats is not None and self.check and self.install and not self._columns.best: self._try_check()
 
     def _try_check(self):
         "The check, which is no reason to lose an average"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Resume']
 
-# %% ../nbs/55_resume.ipynb #6d13e60a
+# %% ../nbs/55_resume.ipynb #1ecc6075
 import os, re, signal, threading, time, zlib
 
 import fastai, fastswa
@@ -28,9 +28,10 @@ from .processes import together, world_size
 from .progress import FitProgress
 from .utils import check_count, is_int, is_num, plain_number, warn_user, with_parameters
 
-# %% ../nbs/55_resume.ipynb #c68307df
+# %% ../nbs/55_resume.ipynb #2cabc43a
 _units = dict(s=1, min=60, h=3600)
-_how = "give epochs (1, or .25 for four in an epoch), a time such as '10min' (s, min, h), or iterations such as '500it'"
+_how = ("give epochs (1, or .25 for four in an epoch), a time such as '10min' (s, min, h), "
+        "or iterations such as '500it'")
 
 class Every:
     "When a file is due"
@@ -66,7 +67,7 @@ class Every:
         if self.seconds is not None: return self._time_is_up()
         return self.epochs is None or self.epochs<1 or epoch%self.epochs==0
 
-# %% ../nbs/55_resume.ipynb #324a3346
+# %% ../nbs/55_resume.ipynb #931c0e33
 def _checksum(model):
     "Of all weights"
     crc = 0
@@ -76,7 +77,7 @@ def _checksum(model):
             crc = zlib.crc32(p.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
     return crc
 
-def _name(o): return getattr(o, '__name__', None) or getattr(getattr(o, 'func', None), '__name__', None) or type(o).__name__
+def _name(o): return getattr(getattr(o, 'func', o), '__name__', type(o).__name__)
 
 def _opt_name(opt):
     inner = getattr(opt, 'opt', opt)
@@ -123,7 +124,7 @@ def check_model(model, saved):
     odd = next((k for k in {**own, **theirs} if own.get(k)!=theirs.get(k) and own.get(k)!=()), None)
     if odd: raise ValueError(f'model: {odd} is {theirs.get(odd, "not")} there, {own.get(odd, "not")} here')
 
-# %% ../nbs/55_resume.ipynb #5d3cf486
+# %% ../nbs/55_resume.ipynb #ce07c3a5
 class StopSignals:
     "Remembers that the process is to stop until the step at hand is done; a second signal is obeyed at once"
     kinds = signal.SIGINT,signal.SIGTERM
@@ -161,7 +162,7 @@ class StopSignals:
         if callable(was): was(signum, None)
         else: os.kill(os.getpid(), signum)
 
-# %% ../nbs/55_resume.ipynb #a7494f46
+# %% ../nbs/55_resume.ipynb #d04f8766
 class Asleep:
     "Callbacks that hear nothing until they are woken"
     def __init__(self, cbs):
@@ -188,7 +189,7 @@ class TrainingOver(Helper):
     def after_fit(self):
         if self.in_charge: self.owner.training_over()
 
-# %% ../nbs/55_resume.ipynb #db9a047e
+# %% ../nbs/55_resume.ipynb #0ee58bfc
 def is_fit(learn)->bool:
     "Whether what begins is training, and not a validation, a prediction or the search for a rate"
     return not (learn.lock.locked() or learn._grab_cbs(LRFinder) or hasattr(learn, 'gather_preds'))
@@ -205,8 +206,8 @@ def _torch_loaders(dls):
 def warn_of_inexact(learn):
     "Say so where a fit that goes on cannot be the same to the bit"
     if any(getattr(o, 'persistent_workers', False) for o in _torch_loaders(learn.dls.loaders)):
-        warn_user('persistent_workers=True: what these processes remember cannot be saved, so a fit that goes on is not '
-                  'the same to the bit. Use persistent_workers=False')
+        warn_user('persistent_workers=True: what these processes remember cannot be saved, so a fit that goes on is '
+                  'not the same to the bit. Use persistent_workers=False')
     if torch.cuda.is_initialized() and not torch.are_deterministic_algorithms_enabled():
         warn_user('on a GPU two runs are not the same to the bit, and neither is one that goes on, unless '
                   'torch.use_deterministic_algorithms(True) was called before')
@@ -279,12 +280,12 @@ class Run:
         odd += [f'{k} was there and is not here' for k in missing]
         self.known = dict(self.known, **{k:self.saved['known'][k] for k in ['first weights'] if k in self.known})
         if odd:
-            warn_user(f'the run in {self.path} goes on, although not all is as it was: {"; ".join(odd)}. The result may '
-                      f'differ from that of a run that was not stopped. If this is another one: {self.advice()}')
+            warn_user(f'the run in {self.path} goes on, although not all is as it was: {"; ".join(odd)}. The result '
+                      f'may differ from that of a run that was not stopped. If this is another one: {self.advice()}')
 
     def _refuse(self, odd):
-        if odd: raise ValueError(f'{self.path} holds the run of another fit: {"; ".join(odd)}. For this fit '
-                                 f'{self.advice()}')
+        if not odd: return
+        raise ValueError(f'{self.path} holds the run of another fit: {"; ".join(odd)}. For this one: {self.advice()}')
 
     def write(self, learn, state, own):
         "One more file; `own` is what each process has of its own. Raises OSError"
@@ -301,7 +302,7 @@ class Run:
         except OSError as e: warn_user(f'{self.path}: the last file could not be written ({e})')
         finally: self.folder.unlock()
 
-# %% ../nbs/55_resume.ipynb #9d03e837
+# %% ../nbs/55_resume.ipynb #26fbb5e7
 class GoesOn(CallbackWithHelpers):
     "The part of `Resume` that puts back what was read"
     order = -10_000                     # before anybody draws a number, or opens a file
@@ -352,7 +353,8 @@ class GoesOn(CallbackWithHelpers):
         if learn.logger is noop or rank_distrib(): return
         batches = f' and {saved["position"]} batches' if is_int(saved['position']) else ''
         if saved['over']: print('Resume: this run was over, its result is in the model')
-        elif saved['epoch'] or batches: print(f'Resume: goes on after {saved["epoch"]} of {learn.n_epoch} epochs{batches}')
+        elif saved['epoch'] or batches:
+            print(f'Resume: goes on after {saved["epoch"]} of {learn.n_epoch} epochs{batches}')
 
     def arrive(self):
         "Where the file was written, within an epoch"
@@ -377,9 +379,71 @@ class GoesOn(CallbackWithHelpers):
     def after_fit(self):
         if self.busy and self.pending is not None: self.go_on()
 
-# %% ../nbs/55_resume.ipynb #716471c5
+# %% ../nbs/55_resume.ipynb #7c08580a
+class WritesRun(GoesOn):
+    "The part of `Resume` that writes, in `files` (a `Run`) and as often as `every` (an `Every`) says"
+    at_validation = None                # what there was to write when validation began
+
+    def state(self, epoch, position=None, over=False):
+        "After so many epochs, and `position` batches or the training of the next one; and what each process has"
+        p = self.progress
+        own = dict(p.counts(), streams=p.streams(), epoch_streams=self.epoch_streams)
+        state = dict(epoch=epoch, position=position, over=over, rows=list(self.rows), sizes=self.sizes)
+        return dict(state, weights=p.weights(), averages=p.averages()),own
+
+    def write(self, state, own):
+        try: self.files.write(self.learn, state, own)
+        except OSError as e:
+            warn_user(f'{self.files.path} could not be written ({e}): the training goes on, and a killed run goes on '
+                      'from the file before')
+        self.every.written()
+
+    def batch_ends(self):
+        if not self.busy: return
+        if self.to_skip:
+            self.to_skip -= 1
+            if not self.to_skip: self.arrive()
+        if self.pending is not None:                                # all is in the file already
+            if self.signals.came is not None: self.signals.obey()
+            return
+        learn,k = self.learn,self.learn.iter+1 if self.learn.training else None
+        due = k is not None and self.every.within(k, len(learn.dl))
+        stop,due = self.agreed(due, k is not None and k%10==0)
+        if stop or due: self.write(*(self.at_validation if k is None else self.state(learn.epoch, k)))
+        if stop: self.stop()
+
+    def agreed(self, due, meet=True):
+        "Whether to stop, and whether a file is due, in any of the processes, which meet now and then to find out"
+        learn,mine = self.learn,(self.signals.came is not None,due)
+        if not shares_work(learn): return mine
+        if not meet and not (due and self.every.seconds is None): return False,False
+        with together(True, next(learn.model.parameters()).device) as group: said = group.gather(mine)
+        return tuple(map(any, zip(*said)))
+
+    def stop(self):
+        self.files.folder.wait()
+        self.signals.obey()
+
+    def train_ends(self):
+        if not self.busy: return
+        if self.pending is not None: self.arrive()
+        self.at_validation = self.state(self.learn.epoch, 'validation')
+
+    def epoch_ends(self):
+        if not self.busy or self.pending is not None: return
+        learn,done = self.learn,self.learn.epoch+1
+        rec = getattr(learn, 'recorder', None)
+        if rec is not None: self.rows.append([*rec.log])
+        stop,due = self.agreed(done==learn.n_epoch or self.every.after(done))
+        if stop or due: self.write(*self.state(done))
+        if stop: self.stop()
+
+    def training_over(self):
+        if self.busy and not self.was_over: self.write(*self.state(self.learn.epoch+1, over=True))
+
+# %% ../nbs/55_resume.ipynb #27a0884f
 @with_parameters
-class Resume(GoesOn):
+class Resume(WritesRun):
     """A fit that is killed goes on where it was, to the bit, when the same script is started again.
 
     Files are written into a folder: the state of everything after each epoch, or as often as `every` says. The first
@@ -449,64 +513,7 @@ class Resume(GoesOn):
         try: self.files.write(learn, *self.state(0))
         except OSError as e:
             path = self.files.path
-            raise ValueError(f'path={path!r} cannot be written ({e}): make room, or give another folder') from e
-
-    def state(self, epoch, position=None, over=False):
-        "After so many epochs, and `position` batches or the training of the next one; and what each process has"
-        p = self.progress
-        own = dict(p.counts(), streams=p.streams(), epoch_streams=self.epoch_streams)
-        state = dict(epoch=epoch, position=position, over=over, rows=list(self.rows), sizes=self.sizes)
-        return dict(state, weights=p.weights(), averages=p.averages()),own
-
-    def write(self, state, own):
-        try: self.files.write(self.learn, state, own)
-        except OSError as e:
-            warn_user(f'{self.files.path} could not be written ({e}): the training goes on, and a killed run goes on '
-                      'from the file before')
-        self.every.written()
-
-    def batch_ends(self):
-        if not self.busy: return
-        if self.to_skip:
-            self.to_skip -= 1
-            if not self.to_skip: self.arrive()
-        if self.pending is not None:                                # all is in the file already
-            if self.signals.came is not None: self.signals.obey()
-            return
-        learn,k = self.learn,self.learn.iter+1 if self.learn.training else None
-        due = k is not None and self.every.within(k, len(learn.dl))
-        stop,due = self.agreed(due, k is not None and k%10==0)
-        if stop or due: self.write(*(self.at_validation if k is None else self.state(learn.epoch, k)))
-        if stop: self.stop()
-
-    def agreed(self, due, meet=True):
-        "Whether to stop, and whether a file is due, in any of the processes, which meet now and then to find out"
-        learn,mine = self.learn,(self.signals.came is not None,due)
-        if not shares_work(learn): return mine
-        if not meet and not (due and self.every.seconds is None): return False,False
-        with together(True, next(learn.model.parameters()).device) as group: said = group.gather(mine)
-        return tuple(map(any, zip(*said)))
-
-    def stop(self):
-        self.files.folder.wait()
-        self.signals.obey()
-
-    def train_ends(self):
-        if not self.busy: return
-        if self.pending is not None: self.arrive()
-        self.at_validation = self.state(self.learn.epoch, 'validation')
-
-    def epoch_ends(self):
-        if not self.busy or self.pending is not None: return
-        learn,done = self.learn,self.learn.epoch+1
-        rec = getattr(learn, 'recorder', None)
-        if rec is not None: self.rows.append([*rec.log])
-        stop,due = self.agreed(done==learn.n_epoch or self.every.after(done))
-        if stop or due: self.write(*self.state(done))
-        if stop: self.stop()
-
-    def training_over(self):
-        if self.busy and not self.was_over: self.write(*self.state(self.learn.epoch+1, over=True))
+            raise ValueError(f'{path} cannot be written ({e}): make room, or give another folder') from e
 
     def fit_ends(self):
         if not self.active or self.learn.lock.locked(): return
