@@ -10,8 +10,8 @@ from fastcore.meta import delegates
 
 from .average import WeightAverage
 from .callback import AverageCallback
-from .schedule import Cycles, check_cycles, iters_before, swa_cycles
-from .utils import check_count, check_number, plain_number, uninterrupted, with_parameters
+from .schedule import Cycles, check_points, iters_before, swa_cycles
+from .utils import check_count, uninterrupted, with_parameters
 
 # %% ../nbs/36_lawa.ipynb #5032714a
 class WindowAverage(WeightAverage):
@@ -68,9 +68,8 @@ class LAWA(AverageCallback):
         **kwargs, # eval_every, bn_batches, save_to, check, install
     ):
         super().__init__(**kwargs)
-        check_cycles(start, None)
-        self.k,self.start = check_count(k, 'k', 'snapshots', none=False),plain_number(start)
-        self.every = None if every is None else check_number(every, 'every', 1e-9)
+        self.start,self.every = check_points(start, every)
+        self.k = check_count(k, 'k', 'snapshots', none=False)
 
     @property
     def lawa_model(self): return self.averaged_model

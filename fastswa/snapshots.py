@@ -20,10 +20,10 @@ from .ensemble import Ensemble
 from .members import swapped_state
 from .model_average import ModelAverage
 from .params import unwrap
-from .schedule import Cycles, check_cycles, iters_before, swa_cycles
+from .schedule import Cycles, check_points, iters_before, swa_cycles
 from .selection import select
 from .surface import Surface, score_places
-from .utils import check_count, check_number, plain_number, with_parameters
+from .utils import check_count, check_number, with_parameters
 
 # %% ../nbs/42_snapshots.ipynb #7129b394
 class WeightedAverage(WeightAverage):
@@ -97,8 +97,7 @@ class Snapshots(HoldsAverage, Ensemble):
         bn_batches:int=0, # Batches for each one's own statistics when the fit ends. 0: running ones. None: all
     ):
         super().__init__(check_count(keep, 'keep', 'snapshots'), keep_on, bn_batches)
-        check_cycles(start, None)
-        self.start,self.every = plain_number(start),every if every is None else check_number(every, 'every', 1e-9)
+        self.start,self.every = check_points(start, every)
 
     def plan(self, n_epoch, n_iter):
         begin,every = iters_before(self.start, n_epoch, n_iter),self.every

@@ -140,8 +140,7 @@ class SWAG(SWA):
         if store is None: raise TypeError(f'snaps: give Snapshots or an ensemble, not {type(snaps).__name__}')
         if not len(store): raise ValueError(f'this {type(snaps).__name__} has no members yet: pass it to a fit first')
         swag._average = ModelAverage(swag.make_average(model))
-        for k in range(len(store)):
-            m = store[k]
+        for m in store:
             with swapped_state(model, m['state']): swag._average.weights.update(model)
             swag.collected.append(m['it'])
         return swag
@@ -153,10 +152,8 @@ class SWAG(SWA):
     )->nn.Module: # In evaluation mode
         "A copy of the model with weights that are drawn, and statistics measured for them. Errors: `get_preds`"
         seed = secrets.randbits(62) if seed is None else seed
-        with swapped_state(unwrap(learn.model), Samples(self, learn, 1, seed, exact)[0]) as model:
-            res = copy_module(model)
-        res.zero_grad(set_to_none=True)
-        return res.eval()
+        state = Samples(self, learn, 1, seed, exact)[0]
+        with swapped_state(unwrap(learn.model), state) as model: return copy_module(model)
 
     @delegates(Committee.get_preds, keep=True, but='last')
     def get_preds(self,
