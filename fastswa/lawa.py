@@ -6,6 +6,8 @@
 __all__ = ['LAWA']
 
 # %% ../nbs/36_lawa.ipynb #81b5dfe2
+from dataclasses import replace
+
 from fastcore.meta import delegates
 
 from .average import WeightAverage
@@ -76,7 +78,7 @@ class LAWA(AverageCallback):
 
     def plan(self, n_epoch, n_iter):
         "Evenly, the last at the end of the fit; beside one who sets cycles, at their ends as soon as they have begun"
-        total,every,theirs = n_epoch*n_iter,self.every,self.led_cycles(n_epoch, n_iter)
+        total,every = n_epoch*n_iter,self.every
         left = total-iters_before(self.start, n_epoch, n_iter)
         if left<=0: return Cycles(total, (), n_iter)
         if every is None: every = min(1, min(left, total/4)/self.k/n_iter)
@@ -84,9 +86,9 @@ class LAWA(AverageCallback):
             raise ValueError(f'every={every} epochs is more than the {left/n_iter:.4g} that start={self.start} leaves '
                              f'of {n_epoch}: nothing would be averaged. Give less, or an earlier start')
         own = swa_cycles(n_epoch, n_iter, self.start, every)
-        if theirs is None or self.every is not None: return own
-        ends = [*(o for o in own.ends if o<=theirs.begin), *(o for o in theirs.ends if o>own.begin)]
-        return Cycles(own.begin, tuple(ends), n_iter)
+        theirs = None if self.every else self.led_cycles(n_epoch, n_iter, own.begin)
+        if theirs is None: return own
+        return replace(own, ends=(*(o for o in own.ends if o<=theirs.begin), *theirs.ends))
 
     def make_average(self, model): return WindowAverage(model, self.k)
 

@@ -6,6 +6,7 @@
 __all__ = ['Snapshots']
 
 # %% ../nbs/42_snapshots.ipynb #2ec7ddc5
+from dataclasses import replace
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -20,7 +21,7 @@ from .ensemble import Ensemble
 from .members import swapped_state
 from .model_average import ModelAverage
 from .params import unwrap
-from .schedule import Cycles, check_points, iters_before, swa_cycles
+from .schedule import check_points, iters_before, swa_cycles
 from .selection import select
 from .surface import Surface, score_places
 from .utils import check_count, check_number, with_parameters
@@ -101,9 +102,8 @@ class Snapshots(HoldsAverage, Ensemble):
 
     def plan(self, n_epoch, n_iter):
         begin,every = iters_before(self.start, n_epoch, n_iter),self.every
-        theirs = self.led_cycles(n_epoch, n_iter)
-        if every is None and theirs is not None:
-            return Cycles(begin, tuple(o for o in theirs.ends if o>begin), n_iter)
+        theirs = None if every else self.led_cycles(n_epoch, n_iter, begin)
+        if theirs is not None: return replace(theirs, begin=begin)
         left = n_epoch*n_iter-begin                         # where it is shorter than `every` there is its end
         return swa_cycles(n_epoch, n_iter, self.start, min(every, left/n_iter) if every and left>0 else every)
 
