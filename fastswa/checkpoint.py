@@ -25,10 +25,6 @@ def _array(descr, shape, data):
     if dtype.hasobject: raise ValueError('an array of objects')       # their addresses would be numbers of the file
     return np.ndarray(shape, dtype, bytearray(data))
 
-def _tensor(dtype, shape, data):
-    if not data: return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
-
 def _dtype(name):
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype): raise ValueError(f'{name} is no dtype')
@@ -54,12 +50,22 @@ _kinds = {             # name in the file: class, the parts that are written, an
 _names = {kind: name for name,(kind,_,_) in _kinds.items()}
 _back = {name: back for name,(_,_,back) in _kinds.items()}
 _back.update(path=Path, set=set, frozenset=frozenset, dict=lambda keys,vals: dict(zip(keys, vals)),
-             tensor=_tensor, array=lambda descr,shape,data: _array(descr, shape, data.numpy()),
-             scalar=lambda descr,data: _array(descr, (), data)[()])
+             array=lambda descr,shape,data: _array(descr, shape, data.numpy()),
+             scalar=lambda descr,data: _array(descr, (), data)[()], tensors=lambda t: [o.clone() for o in t])
 
 # %% ../nbs/15_checkpoint.ipynb #f0dd9c0b
 _plain = type(None),bool,float,str
-_small,_deepest = 64,100        # bytes of a tensor among the numbers; lists within lists
+_deepest = 100        # lists within lists
+
+def _alike(ts):
+    "Whether a list has tensors that can be stacked, and enough of them for that to be worth it"
+    if len(ts)<8 or not all(isinstance(t, torch.Tensor) for t in ts): return False
+    kinds = {(t.dtype, t.shape, t.device, t.layout) for t in ts}
+    return len(kinds)==1 and ts[0].layout==torch.strided and ts[0].numel()<=64 and not _empty(ts[0])
+
+def _empty(t):
+    "Whether it is more, or less, than numbers in memory"
+    return t.is_meta or t.is_quantized or torch.nn.parameter.is_lazy(t) or hasattr(t, '__tensor_flatten__')
 
 def _descr(dtype):
     "What makes this dtype of numpy's again, or None"
@@ -75,7 +81,7 @@ class _Encoder:
         kind = type(o)
         if kind in _plain or (kind is int and abs(o)<2**63): return o
         if len(place)>_deepest: self.refuse(place[:3], 'goes on for ever, or too deep')
-        if kind is list: return [self(v, *place, i) for i,v in enumerate(o)]
+        if kind is list: return self.list(o, place)
         if kind is dict: return self.dict(o, place)
         if kind in (set,frozenset): return kind.__name__,[self.key(k, place) for k in o]
         if kind in _names: return self.parts(_names[kind], o, place)
@@ -86,14 +92,18 @@ class _Encoder:
 
     def refuse(self, place, why):
         at = 'state'+''.join(f'[{k!r}]' for k in place)
-        raise TypeError(f'{at} {why}. A checkpoint holds numbers, text, tensors, numpy arrays, and lists, tuples, dicts '
-                        'and sets of these: turn it into one of them, or leave it out')
+        raise TypeError(f'{at} {why}. A checkpoint holds numbers, text, tensors, numpy arrays, and lists, tuples, '
+                        'dicts and sets of these: turn it into one of them, or leave it out')
 
     def parts(self, name, o, place): return name,*(self(p, *place) for p in _kinds[name][1](o))
 
     def key(self, k, place):
         if isinstance(k, torch.Tensor): self.refuse(place, 'has a tensor as a key')       # equal to itself only
-        return self(k, *place)
+        return self(k, *place, k)
+
+    def list(self, o, place):
+        if not _alike(o): return [self(v, *place, i) for i,v in enumerate(o)]
+        with torch.no_grad(): return 'tensors',self.tensor(torch.stack(o), place)
 
     def dict(self, o, place):
         vals = [self(v, *place, k) for k,v in o.items()]
@@ -105,18 +115,14 @@ class _Encoder:
         if descr is None: self.refuse(place, f'has dtype {o.dtype}')
         if isinstance(o, np.generic): return 'scalar',self(descr),self(o.tobytes())
         if self.copy is None: return
-        return 'array',self(descr),list(o.shape),torch.tensor(np.frombuffer(o.tobytes(), np.uint8))
+        return 'array',self(descr),[*o.shape],torch.tensor(np.frombuffer(o.tobytes(), np.uint8))
 
     def tensor(self, t, place):
-        if t.is_meta or t.is_quantized: self.refuse(place, 'is a tensor without numbers of its own')
-        t = t.detach().as_subclass(torch.Tensor)
+        if _empty(t): self.refuse(place, 'is a tensor without plain numbers')
         if self.copy is None: return
-        t = t.to('cpu', copy=self.copy).resolve_conj().resolve_neg()
+        t = t.detach().as_subclass(torch.Tensor).to('cpu', copy=self.copy)
         if t.layout!=torch.strided: return t
-        n = t.numel()*t.element_size()
-        if n<=_small:
-            data = t.reshape(-1).view(torch.uint8).numpy().tobytes() if n else b''
-            return 'tensor',self(t.dtype),list(t.shape),self(data)
+        t,n = t.resolve_conj().resolve_neg(),t.numel()*t.element_size()
         memory = t.untyped_storage()
         other = self.dtypes.setdefault(memory.data_ptr(), t.dtype)!=t.dtype      # torch writes no memory as two types
         return t.clone() if other or memory.nbytes()!=n else t
