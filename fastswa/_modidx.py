@@ -242,6 +242,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastswa.checkpoint._descr': ('checkpoint.html#_descr', 'fastswa/checkpoint.py'),
                                     'fastswa.checkpoint._dtype': ('checkpoint.html#_dtype', 'fastswa/checkpoint.py'),
                                     'fastswa.checkpoint._empty': ('checkpoint.html#_empty', 'fastswa/checkpoint.py'),
+                                    'fastswa.checkpoint._encoded': ('checkpoint.html#_encoded', 'fastswa/checkpoint.py'),
                                     'fastswa.checkpoint._lock_file': ('checkpoint.html#_lock_file', 'fastswa/checkpoint.py'),
                                     'fastswa.checkpoint._ordered': ('checkpoint.html#_ordered', 'fastswa/checkpoint.py'),
                                     'fastswa.checkpoint._read_state': ('checkpoint.html#_read_state', 'fastswa/checkpoint.py'),

@@ -120,12 +120,15 @@ class _Encoder:
     def tensor(self, t, place):
         if _empty(t): self.refuse(place, 'is a tensor without plain numbers')
         if self.copy is None: return
-        t = t.detach().as_subclass(torch.Tensor).to('cpu', copy=self.copy)
+        t = t.detach().to('cpu', copy=self.copy)
         if t.layout!=torch.strided: return t
         t,n = t.resolve_conj().resolve_neg(),t.numel()*t.element_size()
         memory = t.untyped_storage()
         other = self.dtypes.setdefault(memory.data_ptr(), t.dtype)!=t.dtype      # torch writes no memory as two types
         return t.clone() if other or memory.nbytes()!=n else t
+
+def _encoded(o, copy):
+    with torch._C.DisableTorchFunctionSubclass(): return _Encoder(copy)(o)     # fastai's as plain ones
 
 def to_saved(
     o, # Numbers, text, tensors, numpy arrays, and lists, tuples, dicts and sets of these
@@ -134,13 +137,13 @@ def to_saved(
     """What is written of `o`; tensors on the CPU.
 
     Raises TypeError, with the place, for what cannot be read back."""
-    return _Encoder(copy)(o)
+    return _encoded(o, copy)
 
 def is_plain(
     o, # Anything
 )->bool:
     "Whether `to_saved` takes `o`. No tensor is copied to find out"
-    try: _Encoder(None)(o)
+    try: _encoded(o, None)
     except TypeError: return False
     return True
 
