@@ -45,7 +45,7 @@ _kinds = {             # name in the file: class, the parts that are written, an
     'Size':        (torch.Size,   lambda o: (list(o),),                       torch.Size),
     'device':      (torch.device, lambda o: (str(o),),                        torch.device),
     'dtype':       (torch.dtype,  lambda o: (str(o).removeprefix('torch.'),), _dtype),
-    'text':        (np.str_,      lambda o: (str(o),),                        np.str_),
+    'text':        (np.str_,      lambda o: (''.join(o),),                    np.str_),
     'octets':      (np.bytes_,    lambda o: (bytes(o),),                      np.bytes_)}
 _names = {kind: name for name,(kind,_,_) in _kinds.items()}
 _back = {name: back for name,(_,_,back) in _kinds.items()}
@@ -97,9 +97,7 @@ class _Encoder:
 
     def parts(self, name, o, place): return name,*(self(p, *place) for p in _kinds[name][1](o))
 
-    def key(self, k, place):
-        if isinstance(k, torch.Tensor): self.refuse(place, 'has a tensor as a key')       # equal to itself only
-        return self(k, *place, k)
+    def key(self, k, place): return _KeyEncoder(self.copy)(k, *place, k)
 
     def list(self, o, place):
         if not _alike(o): return [self(v, *place, i) for i,v in enumerate(o)]
@@ -126,6 +124,10 @@ class _Encoder:
         memory = t.untyped_storage()
         other = self.dtypes.setdefault(memory.data_ptr(), t.dtype)!=t.dtype      # torch writes no memory as two types
         return t.clone() if other or memory.nbytes()!=n else t
+
+class _KeyEncoder(_Encoder):
+    "Of keys and of what is in a set: a tensor there equals itself only, and what is read would be another"
+    def tensor(self, t, place): self.refuse(place[:-1], 'has a tensor as a key')
 
 def _encoded(o, copy):
     with torch._C.DisableTorchFunctionSubclass(): return _Encoder(copy)(o)     # fastai's as plain ones
