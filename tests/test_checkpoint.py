@@ -66,6 +66,9 @@ def test_subclasses_become_plain_tensors():
         assert type(back) is torch.Tensor and not back.requires_grad and not vars(back) and torch.equal(back, o.detach().as_subclass(torch.Tensor)), o
     assert {type(o) for o in through_a_file([TensorBase(float(i)) for i in range(20)])}=={torch.Tensor}
 
+def test_a_lazy_conjugate_is_written_out():
+    assert through_a_file(torch.ones(3, dtype=torch.cfloat).conj()).numpy().tolist()==[1-0j]*3
+
 def test_random_states_go_on():
     own,gen,old = random.Random(3),np.random.default_rng(3),np.random.RandomState(3)
     others = [np.random.Generator(o(3)) for o in (np.random.MT19937,np.random.Philox,np.random.SFC64,np.random.PCG64DXSM)]
@@ -144,7 +147,7 @@ def numbered(folder): return sorted(o.name for o in folder.path.glob('checkpoint
 
 def test_arguments(tmp_path):
     for bad in 3,None,[],b'run':
-        with pytest.raises(TypeError): RunFolder(bad)
+        with pytest.raises(TypeError, match='give a folder'): RunFolder(bad)
     (tmp_path/'file').write_text('')
     with pytest.raises(ValueError, match='is a file: give a folder'): RunFolder(tmp_path/'file')
     for bad,err in (0,ValueError),(-1,ValueError),(1.5,TypeError),(True,TypeError),(None,TypeError):
@@ -167,10 +170,10 @@ def test_numbers_go_on(tmp_path):
     again = RunFolder(tmp_path, keep=3)                                # a restart
     again.write(dict(i=3))
     assert numbered(again)==[f'checkpoint-00000{k}.pt' for k in (2,3,4)] and again.read()==dict(i=3)
-    (tmp_path/'checkpoint-000002.pt.bak').write_text('mine')
+    (tmp_path/'checkpoint-000002.pt.pt').write_text('mine')
     (tmp_path/'notes.txt').write_text('mine')
     again.clear()
-    assert sorted(o.name for o in tmp_path.iterdir())==['checkpoint-000002.pt.bak','notes.txt'] and len(again)==0 and again.read() is None
+    assert sorted(o.name for o in tmp_path.iterdir())==['checkpoint-000002.pt.pt','notes.txt'] and len(again)==0 and again.read() is None
     again.write(dict(i=4))
     assert 'checkpoint-000005.pt' in numbered(again)
     os.rename(tmp_path/'checkpoint-000005.pt', tmp_path/'checkpoint-1000000.pt')
