@@ -535,6 +535,7 @@ def test_a_folder_nobody_has_any_more(tmp_path):
     run = RunFolder(tmp_path)
     run.lock()
     del run                                                # an exception ended the fit, say
+    assert taken(tmp_path) is None
     other = RunFolder(tmp_path)
     other.lock()
     assert taken(tmp_path)
