@@ -32,9 +32,9 @@ class NestedMeans(WeightAverage):
         super().__init__(model)
         self.tail = WeightAverage(model)
 
-    def update(self, model):
-        super().update(model)
-        self.tail.update(model)
+    def step_to(self, others=None):
+        super().step_to(others)
+        self.tail.step_to(others)
 
     def begin_anew(self):
         "The next snapshot is the first of both"
@@ -49,11 +49,10 @@ class NestedMeans(WeightAverage):
 
     def state_dict(self): return dict(super().state_dict(), tail=self.tail.state_dict())
 
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        tail = state.get('tail')            # a file of an SWA that had a number as its start has none
-        if tail is None: self.tail.n = 0
-        else: self.tail.load_state_dict(tail)
+    def read_more(self, state, n):
+        tail = WeightAverage(self.model)          # a file of an SWA that had a number as its start has none
+        if state.get('tail') is not None: tail.load_state_dict(state['tail'])
+        return dict(tail=tail)
 
 # %% ../nbs/29_auto.ipynb #f724fb47
 def clearly_falls(

@@ -140,24 +140,31 @@ def _check_saved(k, o, p):
     if not all_finite([o]) and not masked.all():
         raise ValueError(f'the saved average of {k} is not finite: is it that of a training that diverged?')
 
+def read_set(
+    saved:dict, # Name -> tensor
+    params:ModelParams, # Those of the model that it is to belong to
+    other:str='the saved average is of another architecture', # What to say of other names or shapes
+)->list: # Tensors in the order of `params.names`
+    "A saved set of weights. Raises TypeError or ValueError for what is none, of another architecture or not finite"
+    if not isinstance(saved, Mapping) or {*map(type, saved)}-{str} or not all(map(torch.is_tensor, saved.values())):
+        raise TypeError('the saved average is not a dict of tensors by name: give the dict that state_dict() returned')
+    res = params.in_order({own_name(k):v for k,v in saved.items()}, other)
+    for args in zip(params.names, res, params.tensors): _check_saved(*args)
+    return res
+
 def read_mean(
     state:dict, # What `WeightAverage.state_dict` returned
     params:ModelParams, # Those of the model that it is to be a mean of
 )->tuple: # Count, and tensors in the order of `params.names`; none where the count is 0
-    "Count and mean in a saved state. Raises TypeError or ValueError where it is none, or of another architecture"
+    "Count and mean in a saved state. Raises TypeError or ValueError where it is none; and as `read_set`"
     if not isinstance(state, Mapping):
         raise TypeError(f'state: give the dict that state_dict() returned, not {type(state).__name__}')
     missing = {'n','average'}-set(state)
     if missing: raise ValueError(f'not the state of an average: it has no {sorted(missing)}')
-    n,saved = plain_number(state['n']),state['average']
+    n = plain_number(state['n'])
     if not is_int(n) or n<0:
         raise ValueError(f'the saved average has n={n!r} snapshots: expected a whole number, 0 or more')
-    if n==0: return 0,[]
-    if not isinstance(saved, Mapping) or {*map(type, saved)}-{str} or not all(map(torch.is_tensor, saved.values())):
-        raise TypeError('the saved average is not a dict of tensors by name: give the dict that state_dict() returned')
-    mean = params.in_order({own_name(k):v for k,v in saved.items()}, 'the saved average is of another architecture')
-    for args in zip(params.names, mean, params.tensors): _check_saved(*args)
-    return n,mean
+    return n,read_set(state['average'], params) if n else []
 
 # %% ../nbs/00_average.ipynb #e92a64f7
 class WeightAverage(SwappableMean):
@@ -195,9 +202,14 @@ class WeightAverage(SwappableMean):
         own = self.params.are_of(model)
         if self.applied: raise RuntimeError('the average is in the model now: restore(model) before going on')
         others = None if own else self.params.match(model)
-        with uninterrupted(), self.params.as_trained() if own else as_trained(model):
-            self.shadow.lerp(self.step_size(), others)
-            self.n += 1
+        with uninterrupted(), self.params.as_trained() if own else as_trained(model): self.step_to(others)
+
+    def step_to(self,
+        others:list=None, # Weights in the order of `names`. None: those in the model it was made for
+    ):
+        "The step that `update` makes; a subclass takes here what it keeps beside the mean"
+        self.shadow.lerp(self.step_size(), others)
+        self.n += 1
 
     @torch.no_grad()
     def copy_to(self,
@@ -218,7 +230,19 @@ class WeightAverage(SwappableMean):
         """The count and the mean by parameter name; tensors, not copies.
 
         Raises RuntimeError if the model changed since `apply`."""
-        return dict(n=self.n, average=dict(zip(self.names, self.average)) if self.n else {})
+        return dict(n=self.n, average=self.by_name(self.average) if self.n else {})
+
+    def by_name(self, ws)->dict:
+        "A set of weights as a state has it"
+        return dict(zip(self.names, ws))
+
+    def read_kept(self, saved, *args)->list:
+        "A set of weights out of a state: a copy that lies where the mean does. Arguments and errors: `read_set`"
+        return [o.to(a, copy=True) for a,o in zip(self.shadow.tensors, read_set(saved, self.params, *args))]
+
+    def read_more(self, state, n)->dict:
+        "What a subclass keeps beside the mean of `n` snapshots: attribute -> value. ValueError where `state` lacks it"
+        return {}
 
     @torch.no_grad()
     def load_state_dict(self,
@@ -229,7 +253,9 @@ class WeightAverage(SwappableMean):
         Raises TypeError or ValueError for what is no such state, or of other names or shapes than this model's,
         RuntimeError while the mean is in the model; nothing has changed then."""
         if self.applied: raise RuntimeError('the average is in the model now: restore(model) before loading another')
-        n,mean = read_mean(state, self.params)
         with uninterrupted():
+            n,mean = read_mean(state, self.params)
+            more = self.read_more(state, n)
             for a,o in zip(self.shadow.tensors,mean): a.copy_(o)
             self.n = n
+            vars(self).update(more)

@@ -8,6 +8,7 @@ __all__ = ['SWA']
 # %% ../nbs/30_callback.ipynb #e865350c
 import inspect, math, os
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,7 @@ from .loader import is_sharded
 from .model_average import ModelAverage, SavedAverage
 from .params import unwrap
 from .processes import world_size
-from .schedule import Cycles, check_cycles, check_lr, cycle_lr, group_lrs, sched_authors, swa_cycles
+from .schedule import check_cycles, check_lr, cycle_lr, group_lrs, sched_authors, swa_cycles
 from .utils import check_count, check_writable, is_int, is_num, plain_number, read_file, uninterrupted
 from .utils import warn_user, with_parameters, write_file
 
@@ -583,9 +584,8 @@ class RateCycles(AverageCallback):
     def plan_from(self, start, n_epoch, n_iter):
         "Cycles of its own or, where an ensemble sets the learning rate, what is left of the ensemble's after `start`"
         own = swa_cycles(n_epoch, n_iter, start, self.cycle_len)
-        theirs = self.led_cycles(n_epoch, n_iter)
-        if theirs is None or self.cycle_len is not None: return own
-        return Cycles(own.begin, tuple(o for o in theirs.ends if o>own.begin), n_iter)
+        theirs = self.led_cycles(n_epoch, n_iter, own.begin)
+        return own if theirs is None or self.cycle_len is not None else replace(theirs, begin=own.begin)
 
     def check_fit(self, n_groups):
         super().check_fit(n_groups)

@@ -45,13 +45,13 @@ _kinds = {             # name in the file: class, the parts that are written, an
     'Size':        (torch.Size,   lambda o: (list(o),),                       torch.Size),
     'device':      (torch.device, lambda o: (str(o),),                        torch.device),
     'dtype':       (torch.dtype,  lambda o: (str(o).removeprefix('torch.'),), _dtype),
-    'text':        (np.str_,      lambda o: (str(o),),                        np.str_),
+    'text':        (np.str_,      lambda o: (''.join(o),),                    np.str_),
     'octets':      (np.bytes_,    lambda o: (bytes(o),),                      np.bytes_)}
 _names = {kind: name for name,(kind,_,_) in _kinds.items()}
 _back = {name: back for name,(_,_,back) in _kinds.items()}
 _back.update(path=Path, set=set, frozenset=frozenset, dict=lambda keys,vals: dict(zip(keys, vals)),
-             tensors=lambda t: [o.clone() for o in t],
-             array=lambda descr,shape,data: _array(descr, shape, data.numpy()), scalar=lambda descr,data: _array(descr, (), data)[()])
+             array=lambda descr,shape,data: _array(descr, shape, data.numpy()),
+             scalar=lambda descr,data: _array(descr, (), data)[()], tensors=lambda t: [o.clone() for o in t])
 
 # %% ../nbs/15_checkpoint.ipynb #f0dd9c0b
 _plain = type(None),bool,float,str
@@ -63,7 +63,9 @@ def _alike(ts):
     kinds = {(t.dtype, t.shape, t.device, t.layout) for t in ts}
     return len(kinds)==1 and ts[0].layout==torch.strided and ts[0].numel()<=64 and not _empty(ts[0])
 
-def _empty(t): return t.is_meta or t.is_quantized or torch.nn.parameter.is_lazy(t)
+def _empty(t):
+    "Whether it is more, or less, than numbers in memory"
+    return t.is_meta or t.is_quantized or torch.nn.parameter.is_lazy(t) or hasattr(t, '__tensor_flatten__')
 
 def _descr(dtype):
     "What makes this dtype of numpy's again, or None"
@@ -90,18 +92,16 @@ class _Encoder:
 
     def refuse(self, place, why):
         at = 'state'+''.join(f'[{k!r}]' for k in place)
-        raise TypeError(f'{at} {why}. A checkpoint holds numbers, text, tensors, numpy arrays, and lists, tuples, dicts '
-                        'and sets of these: turn it into one of them, or leave it out')
+        raise TypeError(f'{at} {why}. A checkpoint holds numbers, text, tensors, numpy arrays, and lists, tuples, '
+                        'dicts and sets of these: turn it into one of them, or leave it out')
 
     def parts(self, name, o, place): return name,*(self(p, *place) for p in _kinds[name][1](o))
 
-    def key(self, k, place):
-        if isinstance(k, torch.Tensor): self.refuse(place, 'has a tensor as a key')       # equal to itself only
-        return self(k, *place)
+    def key(self, k, place): return _KeyEncoder(self.copy)(k, *place, k)
 
     def list(self, o, place):
         if not _alike(o): return [self(v, *place, i) for i,v in enumerate(o)]
-        return 'tensors',self.tensor(torch.stack([t.detach().as_subclass(torch.Tensor) for t in o]), place)
+        with torch.no_grad(): return 'tensors',self.tensor(torch.stack(o), place)
 
     def dict(self, o, place):
         vals = [self(v, *place, k) for k,v in o.items()]
@@ -118,12 +118,19 @@ class _Encoder:
     def tensor(self, t, place):
         if _empty(t): self.refuse(place, 'is a tensor without plain numbers')
         if self.copy is None: return
-        t = t.detach().as_subclass(torch.Tensor).to('cpu', copy=self.copy)
+        t = t.detach().to('cpu', copy=self.copy)
         if t.layout!=torch.strided: return t
         t,n = t.resolve_conj().resolve_neg(),t.numel()*t.element_size()
         memory = t.untyped_storage()
         other = self.dtypes.setdefault(memory.data_ptr(), t.dtype)!=t.dtype      # torch writes no memory as two types
         return t.clone() if other or memory.nbytes()!=n else t
+
+class _KeyEncoder(_Encoder):
+    "Of keys and of what is in a set: a tensor there equals itself only, and what is read would be another"
+    def tensor(self, t, place): self.refuse(place[:-1], 'has a tensor as a key')
+
+def _encoded(o, copy):
+    with torch._C.DisableTorchFunctionSubclass(): return _Encoder(copy)(o)     # fastai's as plain ones
 
 def to_saved(
     o, # Numbers, text, tensors, numpy arrays, and lists, tuples, dicts and sets of these
@@ -132,13 +139,13 @@ def to_saved(
     """What is written of `o`; tensors on the CPU.
 
     Raises TypeError, with the place, for what cannot be read back."""
-    return _Encoder(copy)(o)
+    return _encoded(o, copy)
 
 def is_plain(
     o, # Anything
 )->bool:
     "Whether `to_saved` takes `o`. No tensor is copied to find out"
-    try: _Encoder(None)(o)
+    try: _encoded(o, None)
     except TypeError: return False
     return True
 

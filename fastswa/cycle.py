@@ -9,7 +9,7 @@ __all__ = []
 import math
 from bisect import bisect_right
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 
 import numpy as np
@@ -237,11 +237,12 @@ class CycleHooks(CallbackWithHelpers):
     @property
     def lr_leader(self): return None if self._coming is None else self._coming.lr_leader
 
-    def led_cycles(self, n_epoch, n_iter)->Cycles: # None where nobody leads, or who does has no cycles
-        "The cycles in which the leader of this fit sets the learning rate"
+    def led_cycles(self, n_epoch, n_iter, after)->Cycles: # None where nobody leads, or who does has no cycles
+        "The cycles in which the leader of this fit sets the learning rate, those that end later than iteration `after`"
         cycles = None if self.lr_leader is None else self.lr_leader.plan(n_epoch, n_iter)
         # an automatic start has points, and begins no cycle before the last of them
-        return cycles if cycles and cycles.ends and cycles.begin<cycles.ends[-1] else None
+        if not (cycles and cycles.ends and cycles.begin<cycles.ends[-1]): return None
+        return replace(cycles, ends=tuple(o for o in cycles.ends if o>after))
 
     def warn_once(self, key, msg):
         warned = self.fit_state.warned if self.fit_state is not None else set()

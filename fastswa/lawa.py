@@ -6,12 +6,14 @@
 __all__ = ['LAWA']
 
 # %% ../nbs/36_lawa.ipynb #81b5dfe2
+from dataclasses import replace
+
 from fastcore.meta import delegates
 
-from .average import WeightAverage, read_mean
+from .average import WeightAverage
 from .callback import AverageCallback
-from .schedule import Cycles, check_cycles, iters_before, swa_cycles
-from .utils import check_count, check_number, plain_number, uninterrupted, with_parameters
+from .schedule import Cycles, check_points, iters_before, swa_cycles
+from .utils import check_count, uninterrupted, with_parameters
 
 # %% ../nbs/36_lawa.ipynb #5032714a
 class WindowAverage(WeightAverage):
@@ -20,16 +22,12 @@ class WindowAverage(WeightAverage):
         super().__init__(model)
         self.k,self.window = k,[]      # pairs of a snapshot's place in the walk and its weights, oldest first
 
-    def step_size(self): return 1      # all the way to the snapshot, to copy it from there
-
-    def update(self, model):
-        "Take the weights of `model` in; the oldest ones leave a full window. Errors: `WeightAverage.update`"
-        with uninterrupted():
-            super().update(model)
-            place = self.window[-1][0]+1 if self.window else 1
-            if len(self.window)==self.k: del self.window[0]
-            self.window.append((place, [o.clone() for o in self.shadow.tensors]))
-            self._make_mean()
+    def step_to(self, others=None):
+        "The oldest ones leave a full window"
+        self.shadow.lerp(1, others)        # all the way to the snapshot, to copy it from there
+        place = self.window[-1][0]+1 if self.window else 1
+        self.window = [*self.window, (place, [o.clone() for o in self.shadow.tensors])][-self.k:]
+        self._make_mean()
 
     def _make_mean(self):
         for i,(_,ws) in enumerate(self.window): self.shadow.lerp(1/(i+1), ws)
@@ -43,20 +41,16 @@ class WindowAverage(WeightAverage):
 
     def state_dict(self):
         "Also `k` and `window`. After `rebase` the mean is another one than the window's, until the next update"
-        window = [(place, dict(zip(self.names, ws))) for place,ws in self.window]
-        return dict(super().state_dict(), k=self.k, window=window)
+        return dict(super().state_dict(), k=self.k, window=[(place, self.by_name(ws)) for place,ws in self.window])
 
-    def load_state_dict(self, state):
-        "Go on from a saved window, with the last `k` where it is wider. Errors: `WeightAverage.load_state_dict`"
-        if read_mean(state, self.params)[0] and not {'k','window'}<=set(state):
+    def read_more(self, state, n):
+        "The window, its last `k` where it is wider"
+        if n and not {'k','window'}<=set(state):
             raise ValueError('the saved average has no window of snapshots to go on with')
         k,saved = state.get('k'),state.get('window', [])
         if saved and len(saved)==k<self.k:
             raise ValueError(f'the saved window has the last {k} snapshots, k={self.k} needs earlier ones: use k={k}')
-        saved = [(place, read_mean(dict(n=1, average=o), self.params)[1]) for place,o in saved[-self.k:]]
-        with uninterrupted():
-            super().load_state_dict(state)
-            self.window = [(place, [o.to(a) for a,o in zip(self.shadow.tensors, ws)]) for place,ws in saved]
+        return dict(window=[(place, self.read_kept(ws)) for place,ws in saved[-self.k:]])
 
 # %% ../nbs/36_lawa.ipynb #ca4b0506
 @with_parameters
@@ -76,16 +70,15 @@ class LAWA(AverageCallback):
         **kwargs, # eval_every, bn_batches, save_to, check, install
     ):
         super().__init__(**kwargs)
-        check_cycles(start, None)
-        self.k,self.start = check_count(k, 'k', 'snapshots', none=False),plain_number(start)
-        self.every = None if every is None else check_number(every, 'every', 1e-9)
+        self.start,self.every = check_points(start, every)
+        self.k = check_count(k, 'k', 'snapshots', none=False)
 
     @property
     def lawa_model(self): return self.averaged_model
 
     def plan(self, n_epoch, n_iter):
         "Evenly, the last at the end of the fit; beside one who sets cycles, at their ends as soon as they have begun"
-        total,every,theirs = n_epoch*n_iter,self.every,self.led_cycles(n_epoch, n_iter)
+        total,every = n_epoch*n_iter,self.every
         left = total-iters_before(self.start, n_epoch, n_iter)
         if left<=0: return Cycles(total, (), n_iter)
         if every is None: every = min(1, min(left, total/4)/self.k/n_iter)
@@ -93,9 +86,9 @@ class LAWA(AverageCallback):
             raise ValueError(f'every={every} epochs is more than the {left/n_iter:.4g} that start={self.start} leaves '
                              f'of {n_epoch}: nothing would be averaged. Give less, or an earlier start')
         own = swa_cycles(n_epoch, n_iter, self.start, every)
-        if theirs is None or self.every is not None: return own
-        ends = [*(o for o in own.ends if o<=theirs.begin), *(o for o in theirs.ends if o>own.begin)]
-        return Cycles(own.begin, tuple(ends), n_iter)
+        theirs = None if self.every else self.led_cycles(n_epoch, n_iter, own.begin)
+        if theirs is None: return own
+        return replace(own, ends=(*(o for o in own.ends if o<=theirs.begin), *theirs.ends))
 
     def make_average(self, model): return WindowAverage(model, self.k)
 

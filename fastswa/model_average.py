@@ -22,8 +22,8 @@ from .params import own_name, unwrap
 from .utils import is_int, is_num, uninterrupted
 
 # %% ../nbs/27_model_average.ipynb #31c782f1
-def copy_module(model):
-    "A copy; what refuses to be copied, as it keeps tensors of its last forward pass, may still be written and read"
+def _copied(model):
+    "What refuses to be copied, as it keeps tensors of its last forward pass, may still be written and read"
     try: return deepcopy(model)
     except Exception as e:
         file = io.BytesIO()
@@ -32,6 +32,12 @@ def copy_module(model):
             file.seek(0)
             return torch.load(file, weights_only=False)                # written a moment ago, by us
         except Exception: raise e from None
+
+def copy_module(model):
+    "A copy in evaluation mode, without gradients"
+    res = _copied(model)
+    res.zero_grad(set_to_none=True)
+    return res.eval()
 
 _in_models = WeakKeyDictionary()      # model -> weak reference to the average that was put into it last
 
@@ -118,9 +124,8 @@ class ModelAverage:
     def copy(self)->nn.Module:
         "A copy of the model with the average in it, in evaluation mode"
         stats = BNStats([]) if self.stats is None else self.stats
-        with uninterrupted(patience=1), self.weights.swapped(self.model), stats.swapped(): res = copy_module(self.model)
-        res.zero_grad(set_to_none=True)
-        return res.eval()
+        with uninterrupted(patience=1), self.weights.swapped(self.model), stats.swapped():
+            return copy_module(self.model)
 
     def copy_to(self, model)->nn.Module:
         "Write both into another model of the same architecture"

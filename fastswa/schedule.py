@@ -15,7 +15,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastai.callback.schedule import SchedLin
 
-from .utils import is_int, is_num, plain_number
+from .utils import check_number, is_int, is_num, plain_number
 
 # %% ../nbs/10_schedule.ipynb #86093b32
 @dataclass(frozen=True)
@@ -57,6 +57,14 @@ def check_cycles(
         raise ValueError(f'cycle_len={cycle_len}: a cycle needs a positive number of epochs; None chooses one')
 
 # %% ../nbs/10_schedule.ipynb #cef3e5c7
+def check_points(
+    start, # When weights are taken from: share of the fit, or epochs
+    every=None, # Epochs between two, above 0, or None
+)->tuple: # Both as Python's own numbers
+    "TypeError or ValueError, as from `check_cycles`, for what no fit could use"
+    check_cycles(start, None)
+    return plain_number(start),None if every is None else check_number(every, 'every', 1e-9)
+
 def iters_before(
     start, # float: share of the fit; int: epochs
     n_epoch:int, # Epochs in the whole fit

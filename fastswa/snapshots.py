@@ -6,6 +6,7 @@
 __all__ = ['Snapshots']
 
 # %% ../nbs/42_snapshots.ipynb #2ec7ddc5
+from dataclasses import replace
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -13,19 +14,17 @@ import numpy as np
 import pandas as pd
 from fastcore.meta import delegates
 from fastai.learner import Learner, noop
-from fastai.torch_core import find_bs
 
 from .average import WeightAverage
 from .callback import HoldsAverage
-from .ema import EMAverage
 from .ensemble import Ensemble
 from .members import swapped_state
 from .model_average import ModelAverage
 from .params import unwrap
-from .schedule import Cycles, check_cycles, iters_before, swa_cycles
+from .schedule import check_points, iters_before, swa_cycles
 from .selection import select
-from .surface import low_is_good, measuring
-from .utils import check_count, check_number, plain_number, with_parameters
+from .surface import Surface, score_places
+from .utils import check_count, check_number, with_parameters
 
 # %% ../nbs/42_snapshots.ipynb #7129b394
 class WeightedAverage(WeightAverage):
@@ -35,53 +34,28 @@ class WeightedAverage(WeightAverage):
         self.counts = counts
     def step_size(self): return self.counts[self.n]/sum(self.counts[:self.n+1])
 
+def ema_counts(n, half_life):
+    "How much each of `n` snapshots counts in an `EMAverage` of them, which goes a step towards one after the other"
+    steps = np.maximum(1-.5**(1/(half_life*n)), 1/np.arange(1, n+1))
+    left = np.cumprod([1., *(1-steps[:0:-1])])[::-1]           # what all later steps leave of each
+    return steps*left
+
 def average_of(model, members, last=None, weights=None, half_life=None):
     "Through the model itself, so that types, tied weights and arrangements are those of training; see `Snapshots`"
     n = len(members)
-    if (check_count(last, 'last', 'snapshots') or 0)>n: raise ValueError(f'last={last}: there are {n} snapshots')
-    if weights is None: counts = [float(k>=n-(last or n)) for k in range(n)]
-    else: counts = [check_number(w, 'weights', 0) for w in weights]
+    last = check_count(last, 'last', 'snapshots') or n
+    if last>n: raise ValueError(f'last={last}: there are {n} snapshots')
+    if half_life is not None: weights = ema_counts(n, check_number(half_life, 'half_life', 1e-9))
+    elif weights is None: weights = [0]*(n-last)+[1]*last
+    counts = [check_number(w, 'weights', 0) for w in weights]
     if len(counts)!=n or not any(counts):
         raise ValueError(f'weights={counts}: give {n} numbers, one for each snapshot, and not all of them 0')
-    if half_life is None: avg = WeightedAverage(model, [w for w in counts if w])
-    else: avg = EMAverage(model, decay=.5**(1/(check_number(half_life, 'half_life', 1e-9)*n)))
-    for k in range(n):
-        if not counts[k]: continue
+    avg = WeightedAverage(model, [w for w in counts if w])
+    for k in np.flatnonzero(counts):
         with swapped_state(model, members[k]['state']): avg.update(model)
     return avg
 
 # %% ../nbs/42_snapshots.ipynb #76fddcd3
-def score_places(
-    learn:Learner, # Its data and loss
-    places:list, # Functions that make a context, in which the model has other weights
-    score, # Function of a `Surface`: what to measure there
-    layers=None, # BatchNorm layers that train. None: those that the learner trains
-    metric=False, # Name of one of the learner's metrics. None: the first. False: the loss
-    dl=None, # DataLoader to decide by. None: the validation one
-    n_train:int=2000, # Training items for BatchNorm statistics while weights are compared, 1 or more. None: all
-    n_valid:int=None, # Items to decide by, 1 or more. None: all
-)->tuple: # Values, and items in each validation batch
-    "What `score` says at each place. ValueError without validation data"
-    if dl is None and len(learn.dls.loaders)<2:
-        raise ValueError('this learner has no validation data to decide by: give a DataLoader, dl=...')
-    with measuring(learn, metric, n_train, n_valid, len(places), dl=dl, pieces=16) as surface:
-        surface.layers = surface.layers if layers is None else layers
-        def at(place):
-            with place(), surface.own_stats(): res = score(surface)
-            surface.place_done()
-            return res
-        return [at(o) for o in places],[find_bs(b) for b in surface.valid]
-
-def badness(surface, low=None):
-    "The loss, or the metric if there is one, with its sign turned unless `low` (None: by its name) is good"
-    if surface.metric is None: return surface.score(surface.valid)[0]
-    metric = surface.metric[0]
-    if low is None: low = low_is_good(metric.name)
-    if low is None: raise ValueError(f'metric={metric.name!r}: this name does not tell whether lower is better: give '
-                                     'low=True, or low=False where higher is')
-    value = surface.score(surface.valid, metric)[1]
-    return value if low else -value
-
 def candidates(n, half_lives):
     "Name -> arguments of `average_of`, the simplest first"
     sizes = [c*10**k for k in range(len(str(n))) for c in (1,2,3,5)]
@@ -124,14 +98,12 @@ class Snapshots(HoldsAverage, Ensemble):
         bn_batches:int=0, # Batches for each one's own statistics when the fit ends. 0: running ones. None: all
     ):
         super().__init__(check_count(keep, 'keep', 'snapshots'), keep_on, bn_batches)
-        check_cycles(start, None)
-        self.start,self.every = plain_number(start),every if every is None else check_number(every, 'every', 1e-9)
+        self.start,self.every = check_points(start, every)
 
     def plan(self, n_epoch, n_iter):
         begin,every = iters_before(self.start, n_epoch, n_iter),self.every
-        theirs = self.led_cycles(n_epoch, n_iter)
-        if every is None and theirs is not None:
-            return Cycles(begin, tuple(o for o in theirs.ends if o>begin), n_iter)
+        theirs = None if every else self.led_cycles(n_epoch, n_iter, begin)
+        if theirs is not None: return replace(theirs, begin=begin)
         left = n_epoch*n_iter-begin                         # where it is shorter than `every` there is its end
         return swa_cycles(n_epoch, n_iter, self.start, min(every, left/n_iter) if every and left>0 else every)
 
@@ -180,7 +152,7 @@ class Snapshots(HoldsAverage, Ensemble):
         if (check_count(best, 'best', 'snapshots') or 0)>n: raise ValueError(f'best={best}: there are {n} snapshots')
         if best is not None:
             places = [partial(swapped_state, model, m['state']) for m in self.store]
-            scores,_ = score_places(learn, places, partial(badness, low=low), self._trained(model), **kwargs)
+            scores,_ = score_places(learn, places, partial(Surface.badness, low=low), self._trained(model), **kwargs)
             weights = [float(k in np.argsort(scores, kind='stable')[:best]) for k in range(n)]
         average = ModelAverage(average_of(model, self.store, last, weights, half_life))
         self._take_out(model)

@@ -24,11 +24,6 @@ from .surface import measuring, read_state, read_weights
 from .utils import check_number, write_file
 
 # %% ../nbs/48_soups.ipynb #3f3da86a
-def _barrier(loss, w0, w1, ends):
-    "How far the loss between two sets of weights rises above the straight line between those at the `ends`"
-    ts,way = np.linspace(0, 1, 7)[1:-1],torch._foreach_sub(w1, w0)
-    return np.max([0., *([loss(w0, (t,way)) for t in ts]-np.interp(ts, (0,1), ends))])
-
 def _check_barriers(df, most):
     "ValueError where the loss rises between the first file and another, by more than this share of the higher end"
     a = df.iloc[0]
@@ -39,24 +34,17 @@ def _check_barriers(df, most):
             'or fine-tunes of one start; or greedy=True, to leave out what does harm; or barrier=None, to average them')
 
 # %% ../nbs/48_soups.ipynb #17351f3a
-def _stir(soup, ws):
-    "The mean with the tensors `ws` in it; a new one begins as None"
-    ws = nn.ParameterList(ws)          # a model that is nothing but these tensors
-    if soup is None: soup = WeightAverage(ws)
-    soup.update(ws)
-    return soup
-
-def _cook(loss, read, df, greedy):
-    "The mean of the files in `df`, which gets the loss of the mean with each, and whether that was taken"
-    soup,best,rows = None,np.inf,[]
+def _cook(soup, surface, read, df, greedy):
+    "Put the files in `df` into `soup`. Of each: the loss of the mean with it, and whether that was taken"
+    best = np.inf
     for o in df.itertuples():
-        ws,value = read(o.file),o.loss
-        if soup is not None: value = loss(soup.average, (soup.step_size(), torch._foreach_sub(ws, soup.average)))
-        taken = soup is None or not greedy or value<=best
-        if taken: soup,best = _stir(soup, ws),value
-        rows.append((value,taken))
-    df['soup'],df['taken'] = zip(*rows)
-    return soup
+        ws,loss,first = read(o.file),o.loss,soup.n==0
+        if not first: loss = surface.loss(soup.average, (soup.step_size(), torch._foreach_sub(ws, soup.average)))
+        taken = first or not greedy or loss<=best
+        if taken:
+            soup.step_to(ws)
+            best = loss
+        yield loss,taken
 
 # %% ../nbs/48_soups.ipynb #83fa0ea6
 def average_files(
@@ -80,18 +68,18 @@ def average_files(
     if greedy and len(learn.dls.loaders)<2: raise ValueError(
         'greedy=True: this learner has no validation data to choose by. Give it some, or take all with greedy=False')
     if barrier is not None: barrier = check_number(barrier, 'barrier', least=0)
+    soup = WeightAverage(learn.model)
     def read(file): return read_weights(learn, file, str(file))
     with measuring(learn, False, n_train, n_valid, 7*len(files)) as surface:
-        def loss(*place): return [*surface.at(*place).values()][-1]
-        df = pd.DataFrame(dict(file=files, loss=[loss(read(o)) for o in files]))
+        df = pd.DataFrame(dict(file=files, loss=[surface.loss(read(o)) for o in files]))
         if greedy: df = df.sort_values('loss', kind='stable', ignore_index=True)
         elif barrier is not None:
-            others,w0 = df[1:].itertuples(),read(files[0])
-            df['barrier'] = [0., *(_barrier(loss, w0, read(o.file), (df.loss[0],o.loss)) for o in others)]
+            first,*others = df.itertuples()
+            w0 = read(first.file)
+            df['barrier'] = [0., *(surface.barrier(w0, read(o.file), (first.loss,o.loss)) for o in others)]
             _check_barriers(df, barrier)
-        soup = _cook(loss, read, df, greedy)
-    average = ModelAverage(WeightAverage(learn.model))
-    average.weights.load_state_dict(dict(n=soup.n, average=dict(zip(average.weights.names, soup.average))))
+        df['soup'],df['taken'] = zip(*_cook(soup, surface, read, df, greedy))
+    average = ModelAverage(soup)
     average.measure(learn, how=measure_bn_within_memory)
     average.apply(learn.model)
     return df
@@ -101,23 +89,26 @@ def mean_state(
     files:list, # Paths, two or more
 )->dict: # As `torch.save(model.state_dict())` would write it; integers are those of the last file
     "The mean of what files of one architecture have. Raises ValueError"
-    soup,first,memory = None,None,{}
+    soup,first,place = None,None,{}
     for file in files:
         state = read_state(file)
         if not isinstance(state, Mapping) or not all(isinstance(o, torch.Tensor) for o in state.values()):
             raise ValueError(f'{file} holds no state_dict: give what learn.save or torch.save(model.state_dict()) made')
         shapes = {k:tuple(o.shape) for k,o in state.items()}
-        if first is None: first = shapes
-        diff = next((k for k in {**first, **shapes} if first.get(k)!=shapes.get(k)), None)
-        if diff is not None:
-            was,now = (o.get(diff, 'missing') for o in (first,shapes))
-            raise ValueError(f'{files[0]} and {file} are of different architectures: {diff} is {was}, then {now}')
+        first = first or shapes
+        for k in {**first, **shapes}:
+            was,now = first.get(k, 'missing'),shapes.get(k, 'missing')
+            if was!=now:
+                raise ValueError(f'{files[0]} and {file} are of different architectures: {k} is {was}, then {now}')
         ws = {k:state[k] for k in first if state[k].is_floating_point() or state[k].is_complex()}
         if not all_finite(ws.values()): raise ValueError(f'{file} has weights that are not finite')
-        soup = _stir(soup, ws.values())
-        for k,o in ws.items(): memory[k] = *memory.get(k, ()),(o.data_ptr(),o.shape,o.stride())
-    means = {memory[k]:o.to(ws[k].dtype, copy=True) for k,o in zip(ws, soup.average)}      # one of those that are tied
-    return {k:means[memory[k]] if k in ws else o for k,o in state.items()}
+        model = nn.ParameterList(ws.values())        # a model that is nothing but these tensors
+        soup = soup or WeightAverage(model)
+        soup.update(model)
+        for k,o in ws.items(): place[k] = *place.get(k, ()),(o.data_ptr(),o.shape,o.stride())
+    # tied are weights that lie in one place in every file: of them there is one mean
+    means = {place[k]:o.to(ws[k].dtype, copy=True) for k,o in zip(ws, soup.average)}
+    return {k:means[place[k]] if k in ws else o for k,o in state.items()}
 
 # %% ../nbs/48_soups.ipynb #4ff7516e
 def _parser():

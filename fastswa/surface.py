@@ -13,6 +13,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from fastai.callback.rnn import ModelResetter
@@ -239,12 +240,29 @@ class Surface:
         stats = measure_bn(self.learn, self.layers, dl=self.train)
         return nullcontext() if stats is None else stats.swapped()
 
-    def at(self, origin, *steps)->dict:
-        "Heading -> value at the origin plus the sum of t*direction, `steps` being pairs of these"
-        _move(self.place, origin, steps)
-        with self.placed(self.place), self.own_stats(): res = self._values()
+    @contextmanager
+    def visit(self, place):
+        "Where the context `place` gives the model other weights: with the statistics that belong to them"
+        with place, self.own_stats(): yield
         self.place_done()
-        return res
+
+    def moved(self, origin, *steps):
+        "A context in which the model is at the origin plus the sum of t*direction, `steps` being pairs of these"
+        _move(self.place, origin, steps)
+        return self.placed(self.place)
+
+    def at(self, *place)->dict:
+        "Heading -> value at a place as `moved` takes it"
+        with self.visit(self.moved(*place)): return self._values()
+
+    def loss(self, *place)->float:
+        "The validation loss there, the training loss where there are no validation data"
+        with self.visit(self.moved(*place)): return self.score(self.valid or self.train)[0]
+
+    def barrier(self, w0, w1, ends)->float: # 0 or more
+        "How far the loss between two sets of weights rises above the straight line between `ends`, the losses of both"
+        ts,way = np.linspace(0, 1, 7)[1:-1],torch._foreach_sub(w1, w0)
+        return np.max([0., *([self.loss(w0, (t,way)) for t in ts]-np.interp(ts, (0,1), ends))])
 
     def _values(self):
         res = {'training loss': self.score(self.train)[0]}
@@ -253,6 +271,16 @@ class Surface:
         metric,head,shown = self.metric
         loss,val = self.score(self.valid, metric)
         return {**res, 'validation loss': loss, head: shown(val)}
+
+    def badness(self, low=None)->float:
+        "The loss of what is in the model, or the metric, its sign turned unless `low` (None: by its name) is good"
+        if self.metric is None: return self.score(self.valid)[0]
+        metric = self.metric[0]
+        if low is None: low = low_is_good(metric.name)
+        if low is None: raise ValueError(f'metric={metric.name!r}: this name does not tell whether lower is better: '
+                                         'give low=True, or low=False where higher is')
+        value = self.score(self.valid, metric)[1]
+        return value if low else -value
 
 # %% ../nbs/26_surface.ipynb #80374c02
 @contextmanager
@@ -283,3 +311,23 @@ def measuring(
         surface.place_done = place_done
         surface.keep_batches(n_train, n_valid, check, dl, pieces)
         yield surface
+
+# %% ../nbs/26_surface.ipynb #95a6502c
+def score_places(
+    learn:Learner, # Its data and loss
+    places:list, # Functions that make a context, in which the model has other weights
+    score, # Function of a `Surface`: what to measure there
+    layers=None, # BatchNorm layers that train. None: those that the learner trains
+    metric=False, # Name of one of the learner's metrics. None: the first. False: the loss
+    dl=None, # DataLoader to decide by. None: the validation one
+    n_train:int=2000, # Training items for BatchNorm statistics while weights are compared, 1 or more. None: all
+    n_valid:int=None, # Items to decide by, 1 or more. None: all
+)->tuple: # Values, and items in each validation batch
+    "What `score` says at each place. ValueError without validation data"
+    if dl is None and len(learn.dls.loaders)<2:
+        raise ValueError('this learner has no validation data to decide by: give a DataLoader, dl=...')
+    with measuring(learn, metric, n_train, n_valid, len(places), dl=dl, pieces=16) as surface:
+        surface.layers = surface.layers if layers is None else layers
+        def at(place):
+            with surface.visit(place()): return score(surface)
+        return [at(o) for o in places],[find_bs(b) for b in surface.valid]

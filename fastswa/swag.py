@@ -7,20 +7,21 @@ __all__ = ['SWAG']
 
 # %% ../nbs/45_swag.ipynb #c97b72e6
 import random, secrets
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from fastcore.meta import delegates
 from fastai.learner import Learner
 
-from .average import WeightAverage, all_finite, read_mean
+from .average import WeightAverage, all_finite
 from .batchnorm import BNStats
 from .callback import SWA
 from .learner import measure_bn_within_memory, trained_layers
 from .loader import seeded
 from .members import make_member, swapped_state
 from .model_average import ModelAverage, copy_module
-from .params import as_real, as_trained, swap_params, unwrap
+from .params import as_real, swap_params, unwrap
 from .surface import keep_batches
 from .tensors import zeros_like
 from .utils import check_count, check_number, is_int, uninterrupted, with_parameters
@@ -33,15 +34,10 @@ class SWAGAverage(WeightAverage):
         super().__init__(model)
         self.K,self.var,self.devs = K,zeros_like(self.params.tensors),[]
 
-    @torch.no_grad()
-    def update(self, model):
-        with uninterrupted():
-            super().update(model)
-            with as_trained(unwrap(model)): self._scatter(self.params.match(model))
-
-    def _scatter(self, ws):
+    def step_to(self, others=None):
         "Welford's variance, out of the deviation from the mean that has the snapshot in it. Source: paper, algorithm 1"
-        n,mean = self.n,self.shadow.tensors
+        super().step_to(others)
+        n,mean,ws = self.n,self.shadow.tensors,self.params.tensors if others is None else others
         del self.devs[:None if n==1 else max(len(self.devs)+1-self.K, 0)]
         ws = [w.to(m) for w,m in zip(ws, mean)]
         self.devs.append([(w-m).masked_fill_(w==m, 0) for w,m in zip(ws, mean)])     # infinities have no difference
@@ -63,17 +59,15 @@ class SWAGAverage(WeightAverage):
 
     def state_dict(self):
         spread = (self.var, *self.devs) if self.n else ()
-        return dict(super().state_dict(), spread=[dict(zip(self.names, o)) for o in spread])
+        return dict(super().state_dict(), spread=[self.by_name(o) for o in spread])
 
-    @torch.no_grad()
-    def load_state_dict(self, state):
-        n,_ = read_mean(state, self.params)
-        spread = [self.params.in_order(o, 'the saved spread is of another model') for o in state.get('spread', ())]
-        if bool(n)!=bool(spread[1:]) or not all(map(all_finite, spread)):
+    def read_more(self, state, n):
+        saved = state.get('spread', ())
+        if bool(n)!=bool(saved[1:]) or not all(isinstance(o, Mapping) and all_finite(o.values()) for o in saved):
             raise ValueError('the saved average has no variances and deviations, as those of SWAG have')
-        super().load_state_dict(state)
-        spread = [[v.to(m, copy=True) for v,m in zip(o, self.shadow.tensors)] for o in spread]
-        self.var,self.devs = (spread or [zeros_like(self.params.tensors)])[0],spread[1:][-self.K:]
+        spread = [self.read_kept(o, 'the saved spread is of another model') for o in saved]
+        var,*devs = spread or [zeros_like(self.params.tensors)]
+        return dict(var=var, devs=devs[-self.K:])
 
 # %% ../nbs/45_swag.ipynb #460e4b82
 class Samples(Committee):
@@ -146,8 +140,7 @@ class SWAG(SWA):
         if store is None: raise TypeError(f'snaps: give Snapshots or an ensemble, not {type(snaps).__name__}')
         if not len(store): raise ValueError(f'this {type(snaps).__name__} has no members yet: pass it to a fit first')
         swag._average = ModelAverage(swag.make_average(model))
-        for k in range(len(store)):
-            m = store[k]
+        for m in store:
             with swapped_state(model, m['state']): swag._average.weights.update(model)
             swag.collected.append(m['it'])
         return swag
@@ -159,10 +152,8 @@ class SWAG(SWA):
     )->nn.Module: # In evaluation mode
         "A copy of the model with weights that are drawn, and statistics measured for them. Errors: `get_preds`"
         seed = secrets.randbits(62) if seed is None else seed
-        with swapped_state(unwrap(learn.model), Samples(self, learn, 1, seed, exact)[0]) as model:
-            res = copy_module(model)
-        res.zero_grad(set_to_none=True)
-        return res.eval()
+        state = Samples(self, learn, 1, seed, exact)[0]
+        with swapped_state(unwrap(learn.model), state) as model: return copy_module(model)
 
     @delegates(Committee.get_preds, keep=True, but='last')
     def get_preds(self,

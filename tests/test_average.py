@@ -704,3 +704,62 @@ def test_a_learner_is_not_a_model():
     for f in (avg.apply, avg.copy_to, avg.swapped):
         with pytest.raises(RuntimeError, match='nothing has been averaged yet'):
             with f(m): pass
+
+# ---- states of averages that keep more than a mean, as they have always been written: of five snapshots 1, 4, 2, 8 and -3
+
+from fastswa.auto import NestedMeans
+from fastswa.lawa import WindowAverage
+from fastswa.swag import SWAGAverage
+
+def with_tensors(o):
+    "The lists of numbers in it as tensors"
+    if isinstance(o, dict): return {k:torch.tensor(v) if k in ('weight','bias') else with_tensors(v) for k,v in o.items()}
+    return type(o)(map(with_tensors, o)) if isinstance(o, (list,tuple)) else o
+
+def plain(o):
+    if isinstance(o, dict): return {k:plain(v) for k,v in o.items()}
+    return o.tolist() if isinstance(o, torch.Tensor) else type(o)(map(plain, o)) if isinstance(o, (list,tuple)) else o
+
+more = dict(
+    window=(lambda m: WindowAverage(m, 3), dict(
+        n=3, average=dict(weight=[[2.3333332538604736, 2.8333332538604736]], bias=[3.3333332538604736]), k=3,
+        window=[(3, dict(weight=[[2.,2.5]], bias=[3.])), (4, dict(weight=[[8.,8.5]], bias=[9.])), (5, dict(weight=[[-3.,-2.5]], bias=[-2.]))])),
+    spread=(lambda m: SWAGAverage(m, 2), dict(
+        n=5, average=dict(weight=[[2.4000000953674316, 2.9000000953674316]], bias=[3.4000000953674316]),
+        spread=[dict(weight=[[13.040000915527344, 13.040000915527344]], bias=[13.040000915527344]), dict(weight=[[4.25,4.25]], bias=[4.25]),
+                dict(weight=[[-5.400000095367432, -5.400000095367432]], bias=[-5.400000095367432])])),
+    tail=(NestedMeans, dict(
+        n=5, average=dict(weight=[[2.4000000953674316, 2.9000000953674316]], bias=[3.4000000953674316]),
+        tail=dict(n=2, average=dict(weight=[[2.5,3.]], bias=[3.5])))))
+
+@pytest.mark.parametrize('key', more)
+def test_states_are_read_and_written_as_ever(key, tmp_path):
+    make,old = more[key]
+    torch.save(with_tensors(old), tmp_path/'f')
+    m = nn.Linear(2,1)
+    avg = make(m)
+    avg.load_state_dict(torch.load(tmp_path/'f', weights_only=True))
+    assert plain(avg.state_dict())==old and list(avg.state_dict())==list(old)
+    walked = make(m)
+    for i,v in enumerate((1.,4.,2.,8.,-3.)):
+        with torch.no_grad(): m.weight.copy_(torch.tensor([[v,v+.5]])); m.bias.fill_(v+1)
+        walked.update(m)
+        if key=='tail' and i==2: walked.tail.n = 0
+    torch.testing.assert_close(with_tensors(plain(walked.state_dict())), with_tensors(old))
+
+@pytest.mark.parametrize('key', more)
+@pytest.mark.parametrize('wrong', [dict(weight=[[1.]], bias=[1.]), dict(weight=[[1.,1.]]), dict(weight=[[1.,math.nan]], bias=[1.]), [1.]])
+def test_what_is_kept_beside_a_mean_is_checked_as_the_mean_is(key, wrong):
+    "And nothing has changed then, the mean neither"
+    make,old = more[key]
+    m = nn.Linear(2,1)
+    avg,bad = make(m),with_tensors(old)
+    with torch.no_grad(): m.weight.fill_(7.); m.bias.fill_(7.)
+    avg.update(m)
+    was = plain(avg.state_dict())
+    wrong = with_tensors(wrong)
+    if key=='tail': bad['tail'] = dict(n=2, average=wrong)
+    elif key=='window': bad['window'][2] = (5,wrong)
+    else: bad['spread'][2] = wrong
+    with pytest.raises((ValueError,TypeError)): avg.load_state_dict(bad)
+    assert plain(avg.state_dict())==was

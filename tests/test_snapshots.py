@@ -8,10 +8,10 @@ from common import *
 from fastai.metrics import rmse
 from fastai.callback.training import BnFreeze
 from fastswa.callback import SWA
-from fastswa.ema import EMA
+from fastswa.ema import EMA, EMAverage
 from fastswa.ensemble import FGE, SnapshotEnsemble
 from fastswa.members import swapped_state
-from fastswa.snapshots import Snapshots, candidates
+from fastswa.snapshots import Snapshots, average_of, candidates, ema_counts
 from fastswa.surface import low_is_good
 from test_compare import Walk, linear
 from test_ema import by_hand as ema_by_hand
@@ -115,6 +115,21 @@ def test_exponential_by_hand(half_life):
     l,snaps,spy = fitted()
     calm(snaps.average, l, half_life=half_life)
     holds(l, ema_by_hand([spy.ws[i-1] for i in snaps.collected], .5**(1/(half_life*10))))
+
+@pytest.mark.parametrize('n', [1,2,3,30])
+@pytest.mark.parametrize('half_life', [1e-9,.01,.1,1.,7])
+def test_exponential_counts_make_an_emaverage(n, half_life):
+    "To rounding, warm-up included: of made-up places, the first of which would be seen anywhere"
+    m,g = nn.Linear(1,1,bias=False),torch.Generator().manual_seed(n)
+    ema,ws = EMAverage(m, decay=.5**(1/(half_life*n))),torch.cat([torch.tensor([100.]), torch.randn(n-1, generator=g)])
+    for w in ws:
+        nn.init.constant_(m.weight, w)
+        ema.update(m)
+    counts = ema_counts(n, half_life)
+    assert len(counts)==n and counts.sum()==pytest.approx(1) and counts@ws.double().numpy()==pytest.approx(ema.average[0].item(), rel=1e-5, abs=1e-5)
+    members = [dict(state={'weight':w.view(1,1)}) for w in ws]
+    with torch.no_grad(): avg = average_of(m, members, half_life=half_life)
+    torch.testing.assert_close(avg.average[0], ema.average[0], rtol=1e-5, atol=1e-5)
 
 def test_each_counts_once_and_the_first_weights_do_not():
     # made-up places: 1 to 12 after each iteration, 100 before
