@@ -309,7 +309,8 @@ class GoesOn(CallbackWithHelpers):
     active,progress = False,None        # whether a fit is going on; its `FitProgress`, from the first epoch on
     pending,asleep = None,None          # what is to be put back; who sleeps until then
     to_skip,rows = 0,()                 # batches that are loaded only; rows of the table, a list each
-    epoch_streams = None                # random streams when the epoch began
+    epoch,epoch_streams = 0,None        # the one at hand (a `validate` within it sets that of the learner to 0), and
+                                        # where random streams were when it began
     was_over = False                    # whether there was nothing left to train
 
     @property
@@ -331,7 +332,7 @@ class GoesOn(CallbackWithHelpers):
             self.sleep()
             raise CancelEpochException('this epoch was over when the run was stopped')
         if saved is not None: self.go_on()
-        self.epoch_streams = self.progress.streams()
+        self.epoch,self.epoch_streams = self.learn.epoch,self.progress.streams()
 
     def go_on(self):
         "Nobody else has heard of the first epoch that is to be trained; or all are over"
@@ -342,8 +343,8 @@ class GoesOn(CallbackWithHelpers):
         self.progress.set_counts(own)
         self.progress.announce_averages(saved['averages'])
         self.progress.set_streams(own['epoch_streams' if within else 'streams'])
-        for row in self.rows: self.learn.logger(L(row))
         self.tell()
+        for row in self.rows: self.learn.logger(L(row))
         self.was_over = saved['over']
         if not within: self.pending = None
         elif is_int(saved['position']): self.to_skip = saved['position']
@@ -409,7 +410,7 @@ class WritesRun(GoesOn):
         learn,k = self.learn,self.learn.iter+1 if self.learn.training else None
         due = k is not None and self.every.within(k, len(learn.dl))
         stop,due = self.agreed(due, k is not None and k%10==0)
-        if stop or due: self.write(*(self.at_validation if k is None else self.state(learn.epoch, k)))
+        if stop or due: self.write(*(self.at_validation if k is None else self.state(self.epoch, k)))
         if stop: self.stop()
 
     def agreed(self, due, meet=True):
@@ -427,11 +428,11 @@ class WritesRun(GoesOn):
     def train_ends(self):
         if not self.busy: return
         if self.pending is not None: self.arrive()
-        self.at_validation = self.state(self.learn.epoch, 'validation')
+        self.at_validation = self.state(self.epoch, 'validation')
 
     def epoch_ends(self):
         if not self.busy or self.pending is not None: return
-        learn,done = self.learn,self.learn.epoch+1
+        learn,done = self.learn,self.epoch+1
         rec = getattr(learn, 'recorder', None)
         if rec is not None: self.rows.append([*rec.log])
         stop,due = self.agreed(done==learn.n_epoch or self.every.after(done))
@@ -439,7 +440,7 @@ class WritesRun(GoesOn):
         if stop: self.stop()
 
     def training_over(self):
-        if self.busy and not self.was_over: self.write(*self.state(self.learn.epoch+1, over=True))
+        if self.busy and not self.was_over: self.write(*self.state(self.epoch+1, over=True))
 
 # %% ../nbs/55_resume.ipynb #27a0884f
 @with_parameters
