@@ -570,6 +570,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastswa.loader.batch_size': ('loader.html#batch_size', 'fastswa/loader.py'),
                                 'fastswa.loader.dl_len': ('loader.html#dl_len', 'fastswa/loader.py'),
                                 'fastswa.loader.drop_padding': ('loader.html#drop_padding', 'fastswa/loader.py'),
+                                'fastswa.loader.held_streams': ('loader.html#held_streams', 'fastswa/loader.py'),
                                 'fastswa.loader.is_sharded': ('loader.html#is_sharded', 'fastswa/loader.py'),
                                 'fastswa.loader.preserve_attrs': ('loader.html#preserve_attrs', 'fastswa/loader.py'),
                                 'fastswa.loader.preserve_rng': ('loader.html#preserve_rng', 'fastswa/loader.py'),

@@ -75,14 +75,20 @@ def _undo(v):
     if isinstance(v, ReindexCollection): return partial(_put_back, v.idxs),list(v.idxs)
     return next(((getattr(v,put),getattr(v,get)()) for cls,(get,put) in _rngs.items() if isinstance(v, cls)), None)
 
-@contextmanager
-def _preserve_held(*objs):
+def held_streams(
+    *objs, # Loaders, samplers, data sets, transforms
+)->list: # A function that sets its state, and the state it has now, for each
     "Random streams that the objects, or what they are made of, keep as attributes"
     seen = set()
     undo = [_undo(v) for o in objs for part in _walk(o, seen) for v in vars(part).values()]
+    return [o for o in undo if o is not None]
+
+@contextmanager
+def _preserve_held(*objs):
+    undo = held_streams(*objs)
     try: yield
     finally:
-        for f,was in filter(None, undo): f(was)
+        for f,was in undo: f(was)
 
 @contextmanager
 def _preserve_global():
