@@ -921,6 +921,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fastswa.testing._tensor_spans': ('testing.html#_tensor_spans', 'fastswa/testing.py'),
                                  'fastswa.testing._tensors_differ': ('testing.html#_tensors_differ', 'fastswa/testing.py'),
                                  'fastswa.testing._unhook': ('testing.html#_unhook', 'fastswa/testing.py'),
+                                 'fastswa.testing._wait': ('testing.html#_wait', 'fastswa/testing.py'),
                                  'fastswa.testing._with': ('testing.html#_with', 'fastswa/testing.py'),
                                  'fastswa.testing.check_refused': ('testing.html#check_refused', 'fastswa/testing.py'),
                                  'fastswa.testing.checksum': ('testing.html#checksum', 'fastswa/testing.py'),

@@ -261,7 +261,10 @@ class AtWrite:
     def __post_init__(self):
         if self.call not in _writers: raise ValueError(f'{self.call!r}: give one of {", ".join(_writers)}')
         check_count(self.n, 'n', None, none=False)
-    def __str__(self): return f'{self.call} {self.n} ({self.part:.0%} written)'
+    def __str__(self):
+        how = 'after' if self.part>=1 else 'before'
+        if self.call=='torch.save' and 0<self.part<1: how = f'{self.part:.0%} written'
+        return f'{self.call} {self.n} ({how})'
     def __call__(self, die): _hook(self.call, partial(_die_in, _nth(self.n, die), self))
 
 # %% ../nbs/54_testing.ipynb #c9d76098
@@ -396,12 +399,11 @@ class _Lives:
         child,steps = self.start(moment)
         try:
             if moment is not None and not callable(moment):
-                child.join(moment)
-                if child.is_alive(): os.kill(child.pid, self.sig)
-            child.join(self.timeout)
-            code = child.exitcode
+                _wait(child, moment)
+                if child.exitcode is None: os.kill(child.pid, self.sig)
+            code = _wait(child, self.timeout)
         finally:
-            if child.is_alive():
+            if child.exitcode is None:
                 _kill_group(child.pid)
                 child.join()
         self.history.codes.append(code)
@@ -414,8 +416,8 @@ class _Lives:
 
     def said(self, code):
         how = f'did not end within {self.timeout} s' if code is None else f'ended with code {code}'
-        last = '\n'.join(self.history.output.splitlines()[-15:])
-        return f'life {len(self.history.codes)} {how}. It printed last:\n{last}'
+        lines = [o for o in self.history.output.splitlines() if o.strip()] or ['nothing was printed']
+        return '\n'.join([f'life {len(self.history.codes)} {how}: {lines[-1]}', *lines[-15:]])
 
     def orphans(self, patience):
         "Wait for the processes that children have left behind, and end those that do not end by themselves"
@@ -426,6 +428,12 @@ class _Lives:
             if not ready:
                 self.history.orphans += 1
                 _kill_group(pid)
+
+def _wait(child, seconds):
+    "Its exit code, None if it lives. `join` would wait for all that it leaves behind, too"
+    end = time.time()+seconds
+    while child.exitcode is None and time.time()<end: time.sleep(.005)
+    return child.exitcode
 
 def _kill_group(pid):
     try: os.killpg(pid, signal.SIGKILL)
@@ -489,7 +497,8 @@ def kill_many(
         k = rng.randint(1, kills)                  # a life that goes on has less to do: moments come sooner
         at = [_moment(rng, kinds[(i+j)%len(kinds)], k, seconds, census) for j in range(k)]
         rows.append(_history_row(check, at, whole, but))
-    return pd.DataFrame(rows)
+    # not known where a history ended badly
+    return pd.DataFrame(rows).astype(dict(repeated='Int64'))
 
 # %% ../nbs/54_testing.ipynb #72e451c4
 def _moment(rng, kind, k, seconds, census):
@@ -509,7 +518,8 @@ def _history_row(check, at, whole, but):
     history,error,_ = check(at)
     said = [str(error)] if error else _compare(whole, history, but)
     return dict(killed=', then '.join(history.killed) or 'over before', kills=len(history.killed),
-                repeated=sum(history.steps)-sum(whole.steps), orphans=history.orphans, fault=said[0] if said else '')
+                repeated=pd.NA if error else sum(history.steps)-sum(whole.steps), orphans=history.orphans,
+                fault=said[0].splitlines()[0] if said else '')
 
 # %% ../nbs/54_testing.ipynb #b9b83916
 def _tensor_spans(file):
@@ -604,7 +614,7 @@ def _reading(load, copy, said, good, target):
         faults += [f'other values: {o}' for o in differences(good, got)]
     trap = copy.parent/'trap'
     if trap.exists():
-        faults.append('what was in the file was run')
+        faults.insert(0, 'what was in the file was run')
         trap.rmdir()
     return dict(damage=said, result=result, fault=faults[0] if faults else '')
 
@@ -620,12 +630,12 @@ def _interrupted(make, fit, check, cb, exc):
     learn,said = make(),[]
     try: _quiet_fit(learn, fit, [cb])
     except Exception as e:
-        if not isinstance(e, exc): said.append(f'the fit ended with {type(e).__name__}: {e}')
+        if not isinstance(e, exc): said.append(' '.join(f'the fit ended with {type(e).__name__}: {e}'.split()))
     except KeyboardInterrupt:
         if exc is not KeyboardInterrupt: raise       # somebody has pressed it
     try: said.append(check(learn))
     except Exception as e: said.append(f'{type(e).__name__}: {e}')
-    return next(filter(None, said), '')
+    return next((o.splitlines()[0] for o in said if o), '')
 
 # %% ../nbs/54_testing.ipynb #6209ee33
 def interrupt_everywhere(
@@ -633,7 +643,7 @@ def interrupt_everywhere(
     fit, # Function of the learner and a list of callbacks, to which it may add others
     check, # Function of the learner, after the fit: in words what does not hold, None or '' if all does. Or an assert
     exceptions=_exceptions, # Classes. Default: Ctrl-C, ValueError, no memory, all of fastai's
-    orders=(0,), # Of the callback that raises: who has heard of the event already
+    orders=(1000,), # Of the callback that raises: who has heard of the event already. Below 50 fastai's own may fail
     when=('first','last','random'), # Which occurrences of each event
     seed:int=0, # Decides the random ones
 )->pd.DataFrame: # A row for each fit: event, which one, exception, order, `fault` ('' where all is well)
