@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/01_utils.ipynb #ec05b68e
-import inspect, math, os, signal, threading, time, traceback, warnings, zipfile
+import inspect, math, os, signal, threading, time, traceback, warnings, zipfile, zlib
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -123,7 +123,8 @@ def check_writable(
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/01_utils.ipynb #18aef0c8
-unreadable = (zipfile.BadZipFile, RuntimeError, UnpicklingError, EOFError, LookupError, NotImplementedError, OSError)
+unreadable = (zipfile.BadZipFile, RuntimeError, UnpicklingError, EOFError, LookupError, NotImplementedError, OSError,
+              UnicodeError, zlib.error)
 
 def why_unreadable(e)->str:
     "One line on why a file could not be read; `e` is one of `unreadable`"
@@ -138,8 +139,11 @@ def read_file(
     file = Path(file)
     if not file.is_file(): raise FileNotFoundError(f'{file} is not a file: is the path right?')
     try:
-        with zipfile.ZipFile(file) as z: bad = z.testzip()
+        with zipfile.ZipFile(file) as z: bad,infos = z.testzip(),z.infolist()
         if bad: raise zipfile.BadZipFile(f'the checksum of {bad} is wrong')
+        # torch reads nothing where this bit says that a tensor is a folder: its memory stays as it was
+        folder = next((o.filename for o in infos if o.external_attr&0x10), None)
+        if folder: raise zipfile.BadZipFile(f'{folder} is marked as a folder')
         return torch.load(file, map_location='cpu', mmap=mmap, weights_only=True)
     except unreadable as e:
         why = why_unreadable(e)

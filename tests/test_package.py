@@ -58,7 +58,7 @@ def test_notebooks_clean(copy):
 
 def test_all_has_every_name():
     import fastswa.all
-    mods = [o.stem for o in (root/'fastswa').glob('*.py') if o.name not in by_hand|{'_modidx.py', 'demo.py', 'cifar.py', 'commands.py'}]
+    mods = [o.stem for o in (root/'fastswa').glob('*.py') if o.name not in by_hand|{'_modidx.py', 'demo.py', 'cifar.py', 'commands.py', 'testing.py'}]
     assert len(mods)>=4
     for o in mods:
         missing = set(importlib.import_module(f'fastswa.{o}').__all__)-set(dir(fastswa.all))

@@ -254,6 +254,17 @@ def test_damaged_files_are_refused_by_name(what, saved, tmp_path):
             assert torch.equal(torch.cat([o.flatten() for o in good['average'].values()]), torch.cat([o.flatten() for o in swa._average.state['average'].values()]))
             assert good['peaks']==swa._average.state['peaks'] and good['done']==swa._average.state['done'] and what in ('bit','zeros')
 
+@pytest.mark.parametrize('at,bit,says', [(38,4,'is marked as a folder'), (46,7,"can't decode")])
+def test_a_bit_that_no_checksum_covers(at, bit, says, saved, tmp_path):
+    "In the zip's list of its files: torch would read a folder as a tensor of what was in memory, zipfile stumbles over a name"
+    data = bytearray(saved)
+    name = data.rindex(b'/data/0')
+    entry = data.rindex(b'PK\x01\x02', 0, name)
+    data[entry+at] ^= 1<<bit
+    (tmp_path/'s.pt').write_bytes(data)
+    with pytest.raises(ValueError, match=says) as e: SWA().load(tmp_path/'s.pt')
+    assert str(tmp_path/'s.pt') in str(e.value)
+
 def test_a_file_that_would_run_something_is_refused(tmp_path):
     class Evil:
         def __reduce__(self): return os.mkdir,(str(tmp_path/'evil'),)
