@@ -8,6 +8,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root/'tests'), str(root/'examples'), str(root)]
 
+import torch._dynamo                                         # DistributedDataParallel would import it in each process
 from accelerate import Accelerator, InitProcessGroupKwargs
 from common import *
 from distributed import broadcast_on_cpu                     # the example
@@ -104,7 +105,7 @@ def the_check_at_the_end_is_made_together():
     swa,callback.FairCheck = SWA(),Watched
     train,valid = list(zip(X[:1000],Y[:1000])),list(zip(X[1000:1600],Y[1000:1600]))
     data = DataLoaders(FastaiDataLoader(train, bs=20, shuffle=True, drop_last=True), FastaiDataLoader(valid, bs=12))
-    try: learn,_ = fitted(10, learn=made(data=data), cbs=swa)
+    try: learn,_ = fitted(6, learn=made(data=data), cbs=swa)
     finally: callback.FairCheck = FairCheck
     assert len(seen)==2 and len(seen[0])==len(seen[1])>0 and equal_everywhere([float(o) for a in seen for o in a])
     assert equal_everywhere(state(learn.model))
