@@ -1,5 +1,5 @@
-"As many threads, no windows, no warnings of others' making: the same for every test and for every process that a test starts"
-import os,signal
+"As many threads, no windows, no warnings of others' making: the same for every test and for every process that a test starts; and in which order files are run"
+import gc,os,signal
 threads = int(os.environ.get('FASTSWA_TEST_THREADS', 1))   # tiny models train several times faster on one
 os.environ.update(OMP_NUM_THREADS=str(threads), MPLBACKEND='Agg')   # before torch and matplotlib are imported
 os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning')
@@ -19,8 +19,24 @@ def threads_kept():
     yield
     torch.set_num_threads(n)
 
+# Files that take longest, longest first: two processes take one file after the other, and end together if the last ones are short
+longest = 'notebooks distributed applications callback ensemble edges auto demo cifar landscape claims snapshots package compare lawa'.split()
+
+def pytest_collection_modifyitems(items):
+    def rank(item):
+        name = item.path.stem.removeprefix('test_')
+        return longest.index(name) if name in longest else len(longest)
+    items.sort(key=rank)
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    "What is imported stays: the garbage collector, which fastai's learners keep busy, need not look through it again and again"
+    gc.collect()
+    gc.freeze()
+
 def pytest_configure(config):
-    "What fastai itself sets off when it is imported"
+    "The order above, not the number of tests; and what fastai itself sets off when it is imported"
+    if hasattr(config.option, 'loadscopereorder'): config.option.loadscopereorder = False
     for o in 'ignore:`torch.jit:FutureWarning','ignore:.*chained_assignment:DeprecationWarning': config.addinivalue_line('filterwarnings', o)
 
 def pytest_pycollect_makeitem(collector, name, obj):

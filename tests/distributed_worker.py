@@ -1,12 +1,15 @@
-"""What must hold in a distributed fit, checked in every process: started by test_distributed.py as `torchrun ... distributed_worker.py results.json`
+"""What must hold in a distributed fit, checked in every process: started by test_distributed.py, as `python distributed_worker.py folder`, which
+forks the processes when all is imported, and as `accelerate launch ... distributed_worker.py folder`
 
 Each function below is one check; an assertion that fails in any process fails the check."""
-import gc, json, os, sys, traceback, warnings
+import gc, json, multiprocessing, os, socket, sys, traceback, warnings
 from datetime import timedelta
 from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(root/'tests'), str(root/'examples'), str(root)]
 
+import torch._dynamo                                         # DistributedDataParallel would import it in each process
+from accelerate import Accelerator, InitProcessGroupKwargs
 from common import *
 from distributed import broadcast_on_cpu                     # the example
 from fastai.distributed import DistributedDL
@@ -21,9 +24,6 @@ from torch.utils.data import TensorDataset, DataLoader as TorchLoader
 from torch.utils.data.distributed import DistributedSampler
 
 torch.set_num_threads(1)
-rank,W = int(os.environ['RANK']),int(os.environ['WORLD_SIZE'])
-folder = Path(sys.argv[1]).parent
-
 DistributedDL._broadcast = broadcast_on_cpu
 
 def everywhere(o):
@@ -51,10 +51,14 @@ def bns(m): return [o for o in m.modules() if isinstance(o, nn.modules.batchnorm
 def stats(m): return [o for l in bns(m) for o in (l.running_mean.clone(),l.running_var.clone())]
 def split(n=240, bs=20, **kw): return learner(s=rank, n=n, bs=bs, shuffle=False, drop_last=False, **kw)
 
-checks = []
-def check(f): checks.append(f); return f
+checks = {'2':[], '3':[], 'accelerate':[]}
+def check(f): checks['2'].append(f)
+def check_in_3_too(f):
+    "Where there is something between the first and the last process, or more than two parts are put together"
+    for k in '2','3': checks[k].append(f)
+def check_by_accelerate(f): checks['accelerate'].append(f)
 
-@check
+@check_in_3_too
 def every_process_has_the_same():
     swa,spy = SWA(start=1, cycle_len=.5, eval_every=1),Spy()
     learn,(mean,rows,names,val) = fitted(3, cbs=[swa,spy], inside=lambda l: (spy.mean(swa.collected), list(l.recorder.values), l.recorder.metric_names, l.validate()))
@@ -75,7 +79,7 @@ def same_walk_with_and_without():
     (a,*ra),(b,*rb) = res
     assert all(map(same, a, b)) and torch.equal(ra[0],rb[0]) and ra[1:]==rb[1:]
 
-@check
+@check_in_3_too
 def average_is_that_of_one_process_with_the_joined_batches():
     n,bs = 240,20
     seed()
@@ -101,7 +105,7 @@ def the_check_at_the_end_is_made_together():
     swa,callback.FairCheck = SWA(),Watched
     train,valid = list(zip(X[:1000],Y[:1000])),list(zip(X[1000:1600],Y[1000:1600]))
     data = DataLoaders(FastaiDataLoader(train, bs=20, shuffle=True, drop_last=True), FastaiDataLoader(valid, bs=12))
-    try: learn,_ = fitted(10, learn=made(data=data), cbs=swa)
+    try: learn,_ = fitted(6, learn=made(data=data), cbs=swa)
     finally: callback.FairCheck = FairCheck
     assert len(seen)==2 and len(seen[0])==len(seen[1])>0 and equal_everywhere([float(o) for a in seen for o in a])
     assert equal_everywhere(state(learn.model))
@@ -114,7 +118,7 @@ def an_automatic_start_decides_alike():
     assert swa.decision and equal_everywhere(seen) and mean<=last*(1+1e-6), seen
     assert equal_everywhere(state(learn.model)) and equal_everywhere(spy.lrs)
 
-@check
+@check_in_3_too
 def statistics_are_those_of_one_process():
     swa = SWA()
     learn,_ = fitted(2, learn=split(), cbs=swa)
@@ -123,7 +127,7 @@ def statistics_are_those_of_one_process():
     close(there, stats(learn.model), 1e-6)
     assert equal_everywhere(there)
 
-@check
+@check_in_3_too
 def what_is_repeated_to_fill_up_does_not_count():
     n = 203
     class Left(Callback):
@@ -134,7 +138,7 @@ def what_is_repeated_to_fill_up_does_not_count():
     close(stats(learn.model)[:2], [pop.mean(1),pop.var(1, unbiased=False)], 1e-5)
     assert learn.kinds==['DistributedDL']*2
 
-@check
+@check_in_3_too
 def bn_batches_are_those_of_each_process():
     learn,_ = fitted(2, learn=split(), cbs=SWA(bn_batches=2))
     per = 240//W
@@ -142,7 +146,7 @@ def bn_batches_are_those_of_each_process():
     pop = learn.model[0](seen).transpose(0,1).flatten(1).double()
     close(stats(learn.model)[:2], [pop.mean(1),pop.var(1, unbiased=False)], 1e-5)
 
-@check
+@check_in_3_too
 def columns_are_those_of_one_process():
     swa = SWA(eval_every=1)
     learn,rows = fitted(3, learn=split(n_valid=120), cbs=swa, inside=lambda l: list(l.recorder.values))
@@ -174,7 +178,7 @@ def early_stopping_and_best_average_decide_alike():
     assert len(learn.recorder.values)==3 and equal_everywhere([len(learn.recorder.values), swa.n_averaged, *swa.collected])
     assert equal_everywhere(state(learn.model))
 
-@check
+@check_in_3_too
 def only_the_first_writes():
     mine = folder/f'rank{rank}'
     mine.mkdir()
@@ -231,7 +235,7 @@ def one_process_alone_waits_for_nobody():
     learn.fit(2, cbs=ens)
     assert ens.n_members==2==len(list((folder/'alone').iterdir()))
 
-@check
+@check_in_3_too
 def a_folder_that_one_cannot_use():
     "is an error in all"
     mine = folder/f'mine{rank}'
@@ -241,7 +245,7 @@ def a_folder_that_one_cannot_use():
     except (ValueError,RuntimeError) as e: err = e
     assert 'members of an earlier fit' in str(err) and isinstance(err, ValueError if rank==W-1 else RuntimeError)
 
-@check
+@check_in_3_too
 def outside_of_a_fit():
     "`learn.update_bn()` in the context shares the work; a plain one in a single process waits for nobody"
     learn,seen = split(),[]
@@ -253,7 +257,7 @@ def outside_of_a_fit():
     close(stats(learn.model)[:2], [pop.mean(1),pop.var(1, unbiased=False)], 1e-5)
     if not rank: update_bn(net(), learn.dls.train); split().update_bn()
 
-@check
+@check_in_3_too
 def plain_torch_with_a_sampler():
     ds = TensorDataset(X[:240],Y[:240])
     sampler = DistributedSampler(ds, shuffle=False)
@@ -274,7 +278,7 @@ def plain_torch_with_a_sampler():
     update_bn(own, TorchLoader(ds, 20, sampler=sampler), sync=False)
     assert not equal_everywhere(stats(own))
 
-@check
+@check_in_3_too
 def unequal_numbers_of_batches():
     parts = X[:200].split(20)
     mine = parts[:1] if rank==0 else parts[1:] if rank==1 else []
@@ -284,7 +288,7 @@ def unequal_numbers_of_batches():
     close(stats(m), stats(update_bn(net(), list(parts))))
     assert not ws                                            # one process without data is no empty loader
 
-@check
+@check_in_3_too
 def an_error_in_one_is_an_error_in_all():
     class Bad:
         def __iter__(self):
@@ -318,7 +322,7 @@ def an_error_in_one_is_an_error_in_all():
             else: assert 'bad picture' in str(err) and isinstance(err, OSError if rank==W-1 else RuntimeError), (err,event,method)
             if method!='fit': assert learn.dls.train is old and type(learn.model) is nn.Sequential
 
-@check
+@check_in_3_too
 def all_take_smaller_batches_if_one_has_no_memory():
     class Hungry(nn.Module):
         def forward(self, x):
@@ -339,7 +343,7 @@ def all_take_smaller_batches_if_one_has_no_memory():
 
 def no_validation(self): raise CancelValidException()
 
-@check
+@check_in_3_too
 def errors_that_differ_end_it_for_all():
     class Bad(nn.Module):
         def forward(self, x): raise (OSError if rank==W-1 else torch.OutOfMemoryError)('bad module')
@@ -362,7 +366,7 @@ class CpuSync(nn.SyncBatchNorm):
         self.running_var.lerp_(var*(n/(n-1)).float(), self.momentum)
         return batch_norm(x, mean, var, self.weight, self.bias, False, 0., self.eps)
 
-@check
+@check_in_3_too
 def synchronised_layers():
     def sync_net():
         m = net()
@@ -384,7 +388,7 @@ def synchronised_layers():
     ones = [X[rank+10*i][None] for i in range(4)]            # one item in each process
     close(stats(update_bn(flat, ones, sync=True)), stats(update_bn(plain, [torch.cat(o) for o in zip(*everywhere(ones))])), 1e-5)
 
-@check
+@check_by_accelerate
 def mixed_precision_of_accelerate():
     "`accelerate launch --mixed_precision bf16` changes the model's forward: the refresh and the evaluation keep to it"
     seen,learn = {},made()
@@ -397,13 +401,10 @@ def mixed_precision_of_accelerate():
     np.testing.assert_allclose(val, rows[-1][3:], rtol=1e-4)
     assert equal_everywhere(state(learn.model)) and all(p.dtype==torch.float32 for p in learn.model.parameters())
 
-def main():
-    from accelerate import Accelerator, InitProcessGroupKwargs
+def run_checks(procs):
     Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=120))])
-    only = sys.argv[2:]
     results = {}
-    for f in checks:
-        if only and f.__name__ not in only: continue
+    for f in checks[procs]:
         err = ''
         try: f()
         except Exception:
@@ -411,11 +412,44 @@ def main():
             print(err, file=sys.stderr, flush=True)
         errs = everywhere(err)
         results[f.__name__] = '\n'.join(f'process {i}: {o}' for i,o in enumerate(errs) if o)
-        if not rank: Path(sys.argv[1]).write_text(json.dumps(results))
+        if not rank: (folder/'results.json').write_text(json.dumps(results))
     gc.collect()                                             # models of passes that failed still hold the group
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(0)                                              # torch's threads can abort a process that is over
 
-if __name__=='__main__': main()
+def place(path):
+    "Who this process is, and where it writes"
+    global rank, W, folder
+    rank,W,folder = int(os.environ['RANK']),int(os.environ['WORLD_SIZE']),Path(path)
+
+def one_of(i, procs, port, path):
+    "The life of a forked process, told who it is as torchrun tells it"
+    os.environ.update(RANK=f'{i}', LOCAL_RANK=f'{i}', WORLD_SIZE=procs, LOCAL_WORLD_SIZE=procs, MASTER_ADDR='127.0.0.1', MASTER_PORT=f'{port}')
+    place(path)
+    run_checks(procs)
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+def fork_all(path):
+    "Sound because nothing was computed yet that starts threads of torch's, and no process group was made"
+    gc.freeze()
+    started = []
+    for procs in '2','3':
+        (path/procs).mkdir()
+        port = free_port()
+        started += [multiprocessing.get_context('fork').Process(target=one_of, args=(i, procs, port, path/procs)) for i in range(int(procs))]
+    for o in started: o.start()
+    for o in started: o.join()
+    sys.exit(any(o.exitcode for o in started))
+
+def main(path):
+    if 'RANK' not in os.environ: fork_all(Path(path))
+    place(path)
+    run_checks('accelerate')
+
+if __name__=='__main__': main(sys.argv[1])

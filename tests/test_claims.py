@@ -159,13 +159,15 @@ def test_steps_happen_in_a_fit(capsys):
 
 # All of them
 
-def test_a_script_finds_this_checkout(tmp_path):
-    "In another folder, with nothing installed: this package, and the tests' learners"
-    path = b.here/'cost.py'
-    code = f'import runpy, sys; sys.path[0] = {str(b.here)!r}; runpy.run_path({str(path)!r}); import fastswa; print(fastswa.__file__)'
+@pytest.mark.parametrize('path', sorted(b.here.glob('[!_]*.py')), ids=lambda o: o.stem)
+def test_a_script_finds_this_checkout(path, tmp_path):
+    "In another folder, with nothing installed: this package, and the tests' learners where it has these. Its lines up to the path are enough to tell"
+    head,rest = re.match(r'(.*?^sys.path.*?\n)(.*)', path.read_text(), re.M|re.S).groups()
+    (tmp_path/path.name).write_text(head.replace('__file__', repr(str(path)))+'from importlib.util import find_spec\nfor o in "fastswa","common": print(find_spec(o) and find_spec(o).origin)')
     env = {k:v for k,v in os.environ.items() if k!='PYTHONPATH'}
-    r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, text=True, capture_output=True)
-    assert r.returncode==0 and Path(r.stdout.strip())==b.here.parent/'fastswa/__init__.py', r.stderr
+    r = subprocess.run([sys.executable, '-I', tmp_path/path.name], cwd=tmp_path, env=env, text=True, capture_output=True)
+    root = b.here.parent
+    assert r.returncode==0 and r.stdout.split()==[str(root/'fastswa/__init__.py'), str(root/'tests/common.py') if 'from common import' in rest else 'None'], r.stderr
 
 def test_each_has_its_row():
     "In benchmarks/README.md, which names the file where there is one; and there is no file without a script"

@@ -1,4 +1,4 @@
-"""Distributed fits: what `distributed_worker.py` checks in 2 and 3 processes that torchrun starts, in 2 that accelerate starts; the example; and DataParallel
+"""Distributed fits: what `distributed_worker.py` checks in 2 and 3 processes, and in 2 that accelerate starts; the example, started by torchrun; and DataParallel
 
 All of these are started together, and each test waits for its own."""
 import ast, gc, json, os, signal, subprocess, sys, weakref
@@ -12,10 +12,11 @@ from fastswa.processes import together, world_size
 
 here = Path(__file__).resolve().parent
 example = here.parent/'examples'/'distributed.py'
-checks = [o.name for o in ast.parse((here/'distributed_worker.py').read_text()).body if isinstance(o, ast.FunctionDef) and o.decorator_list]
-by_accelerate = 'mixed_precision_of_accelerate'
-runs = {'2': ['torch.distributed.run','--standalone','--nproc_per_node=2'], '3': ['torch.distributed.run','--standalone','--nproc_per_node=3'],
-        'accelerate': 'accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --dynamo_backend=no --mixed_precision=bf16'.split()}
+worker = here/'distributed_worker.py'
+places = dict(check=['2'], check_in_3_too=['2','3'], check_by_accelerate=['accelerate'])
+checks = [(k,o.name) for o in ast.parse(worker.read_text()).body if isinstance(o, ast.FunctionDef) for d in o.decorator_list for k in places[d.id]]
+torchrun = '-m torch.distributed.run --standalone --nproc_per_node=2'.split()
+accelerate = '-m accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --dynamo_backend=no --mixed_precision=bf16'.split()
 
 class Launch:
     "A command in a process group of its own"
@@ -24,7 +25,7 @@ class Launch:
         self.folder,self.log = folder,(folder/'log').open('w+')
         env = {k:v for k,v in os.environ.items() if k not in ('RANK','WORLD_SIZE','LOCAL_RANK','MASTER_ADDR','MASTER_PORT') and not k.startswith('ACCELERATE_')}
         env |= {'PYTHONPATH':str(here.parent), 'PYTHONWARNINGS':'ignore', 'OMP_NUM_THREADS':'1', **({} if gpus else {'CUDA_VISIBLE_DEVICES':''})}
-        self.proc = subprocess.Popen([sys.executable,'-m',*cmd], stdout=self.log, stderr=self.log, env=env, cwd=folder, start_new_session=True)
+        self.proc = subprocess.Popen([sys.executable,*map(str, cmd)], stdout=self.log, stderr=self.log, env=env, cwd=folder, start_new_session=True)
     def alive(self):
         try: os.killpg(self.proc.pid, 0)
         except ProcessLookupError: return False
@@ -42,23 +43,22 @@ class Launch:
 @pytest.fixture(scope='module')
 def launched(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('distributed')
-    def start(name, cmd): return Launch(cmd, tmp/name)
-    res = {k:start(k, [*cmd, str(here/'distributed_worker.py'), str(tmp/k/'results.json'), *([by_accelerate] if k=='accelerate' else [o for o in checks if o!=by_accelerate])])
-           for k,cmd in runs.items()}
-    res['example'] = start('example', [*runs['2'], str(example), '--epochs=2', '--save', str(tmp/'example')])
+    cmds = dict(forked=[worker, tmp/'forked'], accelerate=[*accelerate, worker, tmp/'accelerate'], example=[*torchrun, example, '--epochs=2', '--save', tmp/'example'])
+    res = {k:Launch(cmd, tmp/k) for k,cmd in cmds.items()}
     yield res
     for o in res.values(): o.stop()
 
-@pytest.mark.parametrize('procs,check', [(k,o) for k in runs for o in checks if (o==by_accelerate)==(k=='accelerate')])
+@pytest.mark.parametrize('procs,check', checks)
 def test_in_every_process(launched, procs, check):
-    out,_ = launched[procs].wait()
-    results = launched[procs].folder/'results.json'
+    run = launched['accelerate' if procs=='accelerate' else 'forked']
+    out,_ = run.wait()
+    results = (run.folder if procs=='accelerate' else run.folder/procs)/'results.json'
     assert results.exists(), out[-5000:]
     results = json.loads(results.read_text())
     assert check in results, f'it never ended\n{out[-5000:]}'
     assert not results[check], results[check]
 
-@pytest.mark.parametrize('run', [*runs,'example'])
+@pytest.mark.parametrize('run', ['forked','accelerate','example'])
 def test_nothing_is_left_running(launched, run):
     out,code = launched[run].wait()
     assert code==0, out[-5000:]
@@ -73,7 +73,7 @@ def test_example(launched):
 @pytest.mark.skipif(torch.cuda.device_count()<2, reason='needs two GPUs')
 def test_example_on_gpus(tmp_path):
     "NCCL and SyncBatchNorm"
-    run = Launch([*runs['2'], str(example), '--epochs=2'], tmp_path/'run', gpus=True)
+    run = Launch([*torchrun, example, '--epochs=2'], tmp_path/'run', gpus=True)
     try: out,code = run.wait()
     finally: run.stop()
     assert code==0 and '2 processes, 10 snapshots averaged: loss' in out, out

@@ -1,5 +1,5 @@
 "Every notebook runs, each in a fresh process"
-import os,sys,tempfile,multiprocessing as mp
+import gc,os,sys,tempfile,multiprocessing as mp
 from concurrent.futures import ProcessPoolExecutor,ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,10 +12,11 @@ from nbdev.test import test_nb as run_nb
 cfg = get_config(Path(__file__).parent)
 # Forked from a server that has imported fastai once. Not from pytest's own process: torch's threads do not survive a fork.
 ctx = mp.get_context('forkserver')
-ctx.set_forkserver_preload(['fastai.vision.all'])
+ctx.set_forkserver_preload(['fastai.vision.all', 'fastai.callback.all', 'matplotlib.pyplot', 'sklearn.datasets', 'nbdev.test'])
 
 def _run(nb):
     "Whether `nb` runs through, and the traceback where it does not"
+    gc.freeze()                                                  # see conftest.py
     threads,set_num_threads = int(os.environ['OMP_NUM_THREADS']),torch.set_num_threads
     torch.set_num_threads = lambda n: set_num_threads(threads)   # notebooks ask for one, as that is quickest
     torch.set_num_threads(threads)
