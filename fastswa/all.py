@@ -11,3 +11,4 @@ from .swag import *
 from .landscape import *
 from .calibration import *
 from .soups import *
+from .resume import *

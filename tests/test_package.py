@@ -64,7 +64,7 @@ def test_all_has_every_name():
         missing = set(importlib.import_module(f'fastswa.{o}').__all__)-set(dir(fastswa.all))
         assert not missing, f'fastswa/all.py lacks {missing}'
 
-starred = '''EMA Ensemble FGE LAWA Plane Ray SWA SWAG SnapshotEnsemble Snapshots WeightAverage Width average_files cycle_lr ece fge_cycles fge_lr group_lrs nll plot_plane plot_ray
+starred = '''EMA Ensemble FGE LAWA Plane Ray Resume SWA SWAG SnapshotEnsemble Snapshots WeightAverage Width average_files cycle_lr ece fge_cycles fge_lr group_lrs nll plot_plane plot_ray
     plot_reliability plot_swa_sched
     plot_width sched_authors snapshot_cycles snapshot_lr swa_cycles swa_lrs update_bn'''.split()     # what people type; the rest is in its module
 
