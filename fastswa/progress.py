@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/52_progress.ipynb #c2566696
+# %% ../nbs/52_progress.ipynb #77c2259a
 import math
 from collections import defaultdict
 
@@ -20,7 +20,7 @@ from .cycle import CycleCallback, Helper
 from .loader import read_held, read_streams, write_held, write_streams
 from .params import unwrap
 
-# %% ../nbs/52_progress.ipynb #f9be7c28
+# %% ../nbs/52_progress.ipynb #270dfdca
 def same_value(
     a, # A plain value
     b, # Another one
@@ -80,7 +80,7 @@ class Counted:
         "Give the object the attributes that `read` has returned"
         _fill(self.o, saved)
 
-# %% ../nbs/52_progress.ipynb #2082a015
+# %% ../nbs/52_progress.ipynb #61cf2c2f
 # what the fit at hand sets: for a batch, an epoch, or all of it
 _set_anew = {'learn','run','logger','old_logger','start_epoch','iter','n_iter','epoch','n_epoch','dl','xb','yb','x','y',
              'pred','loss','loss_grad','training','lr','wd','path','model_dir','create_mbar'}
