@@ -814,6 +814,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastswa.progress._grad': ('progress.html#_grad', 'fastswa/progress.py'),
                                   'fastswa.progress._is_metrics': ('progress.html#_is_metrics', 'fastswa/progress.py'),
                                   'fastswa.progress._is_scalars': ('progress.html#_is_scalars', 'fastswa/progress.py'),
+                                  'fastswa.progress._loss_module': ('progress.html#_loss_module', 'fastswa/progress.py'),
                                   'fastswa.progress._module_memory': ('progress.html#_module_memory', 'fastswa/progress.py'),
                                   'fastswa.progress._on': ('progress.html#_on', 'fastswa/progress.py'),
                                   'fastswa.progress._opt_params': ('progress.html#_opt_params', 'fastswa/progress.py'),
