@@ -846,6 +846,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastswa.resume.GoesOn.before_train': ('resume.html#goeson.before_train', 'fastswa/resume.py'),
                                 'fastswa.resume.GoesOn.busy': ('resume.html#goeson.busy', 'fastswa/resume.py'),
                                 'fastswa.resume.GoesOn.go_on': ('resume.html#goeson.go_on', 'fastswa/resume.py'),
+                                'fastswa.resume.GoesOn.say': ('resume.html#goeson.say', 'fastswa/resume.py'),
                                 'fastswa.resume.GoesOn.sleep': ('resume.html#goeson.sleep', 'fastswa/resume.py'),
                                 'fastswa.resume.GoesOn.tell': ('resume.html#goeson.tell', 'fastswa/resume.py'),
                                 'fastswa.resume.GoesOn.wake': ('resume.html#goeson.wake', 'fastswa/resume.py'),

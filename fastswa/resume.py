@@ -351,12 +351,14 @@ class GoesOn(CallbackWithHelpers):
         elif is_int(saved['position']): self.to_skip = saved['position']
 
     def tell(self):
-        saved,learn = self.pending,self.learn
-        if learn.logger is noop or rank_distrib(): return
+        saved = self.pending
         batches = f' and {saved["position"]} batches' if is_int(saved['position']) else ''
-        if saved['over']: print('Resume: this run was over, its result is in the model')
+        if saved['over']: self.say('this run was over, its result is in the model')
         elif saved['epoch'] or batches:
-            print(f'Resume: goes on after {saved["epoch"]} of {learn.n_epoch} epochs{batches}')
+            self.say(f'goes on after {saved["epoch"]} of {self.learn.n_epoch} epochs{batches}')
+
+    def say(self, text):
+        if self.learn.logger is not noop and not rank_distrib(): print(f'Resume: {text}')
 
     def arrive(self):
         "Where the file was written, within an epoch"
@@ -498,6 +500,7 @@ class Resume(WritesRun):
         self.active,self.rows = True,[]
         if files.is_ahead():
             files.check_skipped(learn)
+            self.say('this fit was over, its result comes with the next fit')
             self.sleep()
             raise CancelFitException('this fit was over before the one that goes on')
         self.pending = files.saved
