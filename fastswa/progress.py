@@ -141,7 +141,8 @@ class FitProgress:
         own,params = {id(p) for p in model.parameters()},_opt_params(learn)
         scaler = getattr(learn, 'scaler', None)
         return dict(
-            model=model.state_dict(), memory=_module_memory(model), loss=None if self.loss is None else self.loss.state_dict(),
+            model=model.state_dict(), memory=_module_memory(model),
+            loss=None if self.loss is None else self.loss.state_dict(),
             opt=learn.opt.state_dict(), frozen=learn.opt.frozen_idx,
             trained=[p.requires_grad for p in model.parameters()], grads=[_grad(p) for p in params],
             others=[None if id(p) in own else p.detach() for p in params],      # half precision has its own copies
