@@ -116,13 +116,17 @@ def _module_memory(model):
     def memory(m): return {k:v for k,v in vars(m).items() if k[0]!='_' and k!='training' and is_plain(v)}
     return {k:memory(m) for k,m in mods.items()}
 
+def _loss_module(f):
+    "What of a loss function may have parameters or buffers, such as running class weights; None if nothing has"
+    return next((o for o in (f,getattr(f, 'func', None)) if isinstance(o, torch.nn.Module)), None)
+
 class FitProgress:
     "What a fit of `learn`, whose callbacks have all been set up, has to get back to go on to the bit"
     def __init__(self,
         learn, # In a fit, before its first epoch
         owner, # The callback that keeps this, and is no part of it
     ):
-        self.learn = learn
+        self.learn,self.loss = learn,_loss_module(learn.loss_func)      # before MixUp puts its own there
         self.cbs = {k:cb for k,cb in named_cbs(learn.cbs).items() if cb is not owner}
         self.counted = {k:Counted(cb, _set_anew) for k,cb in self.cbs.items() if not isinstance(cb, CycleCallback)}
         self.counted['the learner'] = Counted(learn, _set_anew)
@@ -138,6 +142,7 @@ class FitProgress:
         scaler = getattr(learn, 'scaler', None)
         return dict(
             model=model.state_dict(), memory=_module_memory(model),
+            loss=None if self.loss is None else self.loss.state_dict(),
             opt=learn.opt.state_dict(), frozen=learn.opt.frozen_idx,
             trained=[p.requires_grad for p in model.parameters()], grads=[_grad(p) for p in params],
             others=[None if id(p) in own else p.detach() for p in params],      # half precision has its own copies
@@ -146,6 +151,7 @@ class FitProgress:
     def set_weights(self, saved):
         learn,model,params = self.learn,unwrap(self.learn.model),_opt_params(self.learn)
         model.load_state_dict(saved['model'])
+        if saved['loss']: self.loss.load_state_dict(saved['loss'])
         for p,o in zip(model.parameters(), saved['trained']): p.requires_grad_(o)
         with torch.no_grad():
             for p,o in zip(params, saved['others']):

@@ -7,6 +7,7 @@ __all__ = ['Resume']
 
 # %% ../nbs/55_resume.ipynb #972bfdeb
 import os, re, signal, threading, time, zlib
+from itertools import filterfalse
 
 import fastai, fastswa
 import numpy as np
@@ -18,6 +19,7 @@ from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.learner import Learner, noop
 from fastai.torch_core import rank_distrib
+from torch.nn.parameter import is_lazy
 
 from .checkpoint import RunFolder
 from .cycle import CallbackWithHelpers, CycleCallback, Helper, epoch_length, get_sched
@@ -71,10 +73,8 @@ class Every:
 def _checksum(model):
     "Of all weights"
     crc = 0
-    for p in model.parameters():
-        p = p.detach()
-        if not isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
-            crc = zlib.crc32(p.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+    for p in filterfalse(is_lazy, model.parameters()):
+        crc = zlib.crc32(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
     return crc
 
 def _name(o): return getattr(getattr(o, 'func', o), '__name__', type(o).__name__)
@@ -120,8 +120,10 @@ def differences(was, now)->list:
 
 def check_model(model, saved):
     "ValueError for weights of another architecture"
-    own,theirs = ({k:tuple(getattr(v, 'shape', ())) for k,v in o.items()} for o in (model.state_dict(),saved))
-    odd = next((k for k in {**own, **theirs} if own.get(k)!=theirs.get(k) and own.get(k)!=()), None)
+    def shape(v): return None if is_lazy(v) else tuple(getattr(v, 'shape', ()))
+    own,theirs = ({k:shape(v) for k,v in o.items()} for o in (model.state_dict(),saved))
+    lazy = {k for k,v in own.items() if v is None and k in theirs}                 # may still become anything
+    odd = next((k for k in {**own, **theirs} if own.get(k)!=theirs.get(k) and k not in lazy), None)
     if odd: raise ValueError(f'model: {odd} is {theirs.get(odd, "not")} there, {own.get(odd, "not")} here')
 
 # %% ../nbs/55_resume.ipynb #7a6c6a3d
@@ -350,12 +352,14 @@ class GoesOn(CallbackWithHelpers):
         elif is_int(saved['position']): self.to_skip = saved['position']
 
     def tell(self):
-        saved,learn = self.pending,self.learn
-        if learn.logger is noop or rank_distrib(): return
+        saved = self.pending
         batches = f' and {saved["position"]} batches' if is_int(saved['position']) else ''
-        if saved['over']: print('Resume: this run was over, its result is in the model')
+        if saved['over']: self.say('this run was over, its result is in the model')
         elif saved['epoch'] or batches:
-            print(f'Resume: goes on after {saved["epoch"]} of {learn.n_epoch} epochs{batches}')
+            self.say(f'goes on after {saved["epoch"]} of {self.learn.n_epoch} epochs{batches}')
+
+    def say(self, text):
+        if self.learn.logger is not noop and not rank_distrib(): print(f'Resume: {text}')
 
     def arrive(self):
         "Where the file was written, within an epoch"
@@ -497,6 +501,7 @@ class Resume(WritesRun):
         self.active,self.rows = True,[]
         if files.is_ahead():
             files.check_skipped(learn)
+            self.say('this fit was over, its result comes with the next fit')
             self.sleep()
             raise CancelFitException('this fit was over before the one that goes on')
         self.pending = files.saved
@@ -510,7 +515,7 @@ class Resume(WritesRun):
         self.files.check(learn, self.progress.missing(names))
         self.signals.__enter__()
         warn_of_inexact(learn)
-        if saved is not None: return
+        if saved is not None or any(map(is_lazy, learn.model.parameters())): return    # nothing to write yet
         try: self.files.write(learn, *self.state(0))
         except OSError as e:
             path = self.files.path
