@@ -64,7 +64,7 @@ def _attrs(o, skip=()):
 def _fill(o, attrs):
     for k,v in attrs.items(): vars(o)[k] = _unpack(vars(o).get(k), v)
 
-class Counted:
+class Changes:
     "What has changed in an object since this was made"
     def __init__(self,
         o, # Anything with a `__dict__`
@@ -128,8 +128,8 @@ class FitProgress:
     ):
         self.learn,self.loss = learn,_loss_module(learn.loss_func)      # before MixUp puts its own there
         self.cbs = {k:cb for k,cb in named_cbs(learn.cbs).items() if cb is not owner}
-        self.counted = {k:Counted(cb, _set_anew) for k,cb in self.cbs.items() if not isinstance(cb, CycleCallback)}
-        self.counted['the learner'] = Counted(learn, _set_anew)
+        self.changes = {k:Changes(cb, _set_anew) for k,cb in self.cbs.items() if not isinstance(cb, CycleCallback)}
+        self.changes['the learner'] = Changes(learn, _set_anew)
 
     def loaders(self): return self.learn.dls.loaders
     def streams(self)->dict: return read_streams(*self.loaders())
@@ -174,13 +174,13 @@ class FitProgress:
         for k,attrs in saved.items(): vars(model.get_submodule(k)).update(to_device(attrs, dev))
 
     def counts(self)->dict:
-        "What callbacks and the learner have counted, and the random streams that callbacks hold"
+        "What has changed in callbacks and in the learner, and the random streams that callbacks hold"
         held = {k:read_held(cb) for k,cb in self.cbs.items()}
-        return dict(counted={k:o.read() for k,o in self.counted.items()}, held={k:o for k,o in held.items() if o})
+        return dict(changes={k:o.read() for k,o in self.changes.items()}, held={k:o for k,o in held.items() if o})
 
     def set_counts(self, saved):
-        for k,o in saved['counted'].items():
-            if k in self.counted: self.counted[k].write(o)
+        for k,o in saved['changes'].items():
+            if k in self.changes: self.changes[k].write(o)
         for k,o in saved['held'].items():
             if k in self.cbs: write_held(o, self.cbs[k])
 

@@ -70,8 +70,8 @@ class Every:
         return self.epochs is None or self.epochs<1 or epoch%self.epochs==0
 
 # %% ../nbs/55_resume.ipynb #8b3e2d07
-def _checksum(model):
-    "Of all weights"
+def checksum(model)->int:
+    "Of all weights that are there"
     crc = 0
     for p in filterfalse(is_lazy, model.parameters()):
         crc = zlib.crc32(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
@@ -80,8 +80,9 @@ def _checksum(model):
 def _name(o): return getattr(getattr(o, 'func', o), '__name__', type(o).__name__)
 
 def _opt_name(opt):
-    inner = getattr(opt, 'opt', opt)
-    return ' '.join([type(opt).__name__, type(inner).__name__, *map(_name, getattr(opt, 'cbs', ()))])
+    "Its class, that of what it wraps, and the steps that fastai's own are made of"
+    classes = [type(o).__name__ for o in (opt,getattr(opt, 'opt', None)) if o is not None]
+    return ' '.join([*dict.fromkeys(classes), *map(_name, getattr(opt, 'cbs', ()))])
 
 def _scheds(learn):
     "Schedules at some places of the fit"
@@ -97,11 +98,12 @@ def fit_identity(
     learn:Learner, # In a fit, before its first epoch
 )->dict: # What the fit is -> its value
     "What a fit that goes on has to have in common with the one that was killed"
-    hypers = [{k:float(h[k]) for k in ('lr','wd') if is_num(h.get(k))} for h in learn.opt.hypers]
+    def hyper(k): return [float(h[k]) for h in learn.opt.hypers if is_num(h.get(k))]
     cbs = [type(cb).__name__ for cb in learn.cbs if isinstance(cb, CycleCallback)]
     return {'n_epoch':learn.n_epoch, 'batches in an epoch':epoch_length(learn.dls.train), 'schedule':_scheds(learn),
-            'rates and weight decay':hypers, 'optimizer':_opt_name(learn.opt), 'loss function':_name(learn.loss_func),
-            'parameter groups':[len(ps) for ps in learn.opt.param_lists], 'processes':world_size(), 'averages':cbs}
+            'learning rate':hyper('lr'), 'weight decay':hyper('wd'), 'optimizer':_opt_name(learn.opt),
+            'parameter groups':[len(ps) for ps in learn.opt.param_lists], 'loss function':_name(learn.loss_func),
+            'averages':cbs, 'processes':world_size()}
 
 def fit_circumstances(
     learn:Learner, # In a fit, before its first epoch
@@ -109,22 +111,23 @@ def fit_circumstances(
     "What may differ, and is told of"
     versions = {o.__name__:str(o.__version__) for o in (torch,fastai,np,fastswa)}
     return {**{f'version of {k}':v for k,v in versions.items()}, 'training items':_items(learn.dls.train),
-            'device':next(learn.model.parameters()).device.type, 'first weights':_checksum(unwrap(learn.model))}
+            'device':next(learn.model.parameters()).device.type}
 
-def differences(was, now)->list:
-    "Sentences on what is not the same"
+def differences(was, now, but=())->list:
+    "Sentences on what is not the same, schedules by what they schedule"
     def say(o):
-        o = str(o)
+        o = ' and '.join(o) or 'none' if isinstance(o, dict) else str(o)
         return o if len(o)<60 else o[:57]+'...'
-    return [f'{k}: {say(was.get(k))} there, {say(v)} here' for k,v in now.items() if was.get(k)!=v]
+    return [f'{k}: {say(was.get(k))} there, {"another " if say(v)==say(was.get(k)) else ""}{say(v)} here'
+            for k,v in now.items() if was.get(k)!=v and k not in but]
 
-def check_model(model, saved):
-    "ValueError for weights of another architecture"
+def unlike_weights(what, module, saved)->list:
+    "The first of the weights that have another shape, or are not there"
     def shape(v): return None if is_lazy(v) else tuple(getattr(v, 'shape', ()))
-    own,theirs = ({k:shape(v) for k,v in o.items()} for o in (model.state_dict(),saved))
+    own,theirs = ({k:shape(v) for k,v in o.items()} for o in (module.state_dict(),saved))
     lazy = {k for k,v in own.items() if v is None and k in theirs}                 # may still become anything
     odd = next((k for k in {**own, **theirs} if own.get(k)!=theirs.get(k) and k not in lazy), None)
-    if odd: raise ValueError(f'model: {odd} is {theirs.get(odd, "not")} there, {own.get(odd, "not")} here')
+    return [] if odd is None else [f'{what}: {odd} is {theirs.get(odd, "not")} there, {own.get(odd, "not")} here']
 
 # %% ../nbs/55_resume.ipynb #7a6c6a3d
 class StopSignals:
@@ -132,15 +135,15 @@ class StopSignals:
     kinds = signal.SIGINT,signal.SIGTERM
     def __init__(self): self.came,self.usual,self.pid = None,{},None
 
-    def __enter__(self):
-        if threading.current_thread() is not threading.main_thread(): return self
+    def install(self):
+        "In the main thread, as Python has it; elsewhere nothing happens"
+        if threading.current_thread() is not threading.main_thread(): return
         self.came,self.pid = None,os.getpid()
         for o in self.kinds:
             was = signal.getsignal(o)
             if was is not None and was!=signal.SIG_IGN: self.usual[o] = signal.signal(o, self)
-        return self
 
-    def __exit__(self, *args):
+    def remove(self):
         for o,was in self.usual.items():
             if signal.getsignal(o) is self: signal.signal(o, was)
         self.usual = {}
@@ -159,7 +162,7 @@ class StopSignals:
     def obey(self, signum=None):
         "Do what the signal would have done"
         signum,usual = self.came if signum is None else signum,dict(self.usual)
-        self.__exit__()
+        self.remove()
         was = usual.get(signum)
         if callable(was): was(signum, None)
         else: os.kill(os.getpid(), signum)
@@ -228,8 +231,9 @@ class Run:
     "The folder of a run: which fits it has had, what is read from it, and whether that is of the fit at hand"
     def __init__(self, path, keep, fresh):
         self.folder,self.fresh = RunFolder(path, keep),fresh
-        self.fits,self.identity,self.known = [],None,None       # of the fits before this one; of this one
-        self.saved = None
+        self.fits,self.identity = [],None               # what the fits before this one were, and what this one is
+        self.circumstances,self.first = None,None       # of this one, and a checksum of the weights it began with
+        self.saved = None                               # what was read
 
     @property
     def path(self): return str(self.folder.path)
@@ -266,27 +270,43 @@ class Run:
         "ValueError where a fit before the one that goes on is another one"
         was,now = self.saved['fits'][len(self.fits)],fit_identity(learn)
         late = 'batches in an epoch','processes'                    # not yet what they are in the fit
-        self._refuse(differences(was, {k:v for k,v in now.items() if k not in late}))
+        odd = differences(was, now, but=late)
+        if odd: self.refuse(odd)
         self.fits.append(was)
 
-    def check(self, learn, missing):
+    def check(self, learn, progress):
         "ValueError where what was read is of another fit; a warning for what may be meant"
-        self.identity,self.known = fit_identity(learn),fit_circumstances(learn)
-        if self.fits: del self.known['first weights']           # those that the fits before this one have left
-        if self.saved is None: return
-        odd = differences(self.saved['identity'], self.identity)
-        try: check_model(unwrap(learn.model), self.saved['weights']['model'])
-        except ValueError as e: odd.append(str(e))
-        self._refuse(odd)
-        odd = differences(self.saved['known'], self.known)
-        odd += [f'{k} was there and is not here' for k in missing]
-        self.known = dict(self.known, **{k:self.saved['known'][k] for k in ['first weights'] if k in self.known})
+        self.identity,self.circumstances = fit_identity(learn),fit_circumstances(learn)
+        self.first = None if self.fits else checksum(unwrap(learn.model))       # later fits begin with what is trained
+        saved = self.saved
+        if saved is None: return
+        odd = differences(saved['identity'], self.identity, but=self.may_change(saved))
+        for k,m in dict(model=unwrap(learn.model), loss=progress.loss).items():
+            if m is not None and saved['weights'][k] is not None: odd += unlike_weights(k, m, saved['weights'][k])
+        if odd: self.refuse(odd)
+        self.tell_of_changes(saved, progress)
+        self.first = saved['first']
+
+    def tell_of_changes(self, saved, progress):
+        odd = differences(saved['identity']|saved['circumstances'], self.identity|self.circumstances)
+        names = [k for k,v in saved['own'][0]['changes'].items() if v]
+        odd += [f'{k} was there and is not here: pass it again' for k in progress.missing(names)]
         if odd:
             warn_user(f'the run in {self.path} goes on, although not all is as it was: {"; ".join(odd)}. The result '
                       f'may differ from that of a run that was not stopped. If this is another one: {self.advice()}')
+        if self.first!=saved['first']:
+            warn_user(f'the model began with other weights than that of the run in {self.path} (no seed?), which goes '
+                      f'on with its own. If this is another one: {self.advice()}')
 
-    def _refuse(self, odd):
-        if not odd: return
+    def may_change(self, saved)->list:
+        "At a rate that nobody plans a fit may become longer and, from one epoch to the next, have other batches"
+        was,now = saved['identity'],self.identity
+        if was['schedule'] or was['averages']: return []
+        longer = now['n_epoch']>=max(was['n_epoch'], saved['epoch'])
+        if longer and saved['epoch']==was['n_epoch']: saved['over'] = saved['over'] and now['n_epoch']==was['n_epoch']
+        return ['n_epoch']*longer+['batches in an epoch']*(saved['position'] is None)
+
+    def refuse(self, odd):
         raise ValueError(f'{self.path} holds the run of another fit: {"; ".join(odd)}. For this one: {self.advice()}')
 
     def write(self, learn, state, own):
@@ -296,7 +316,8 @@ class Run:
             if rank_distrib(): return
         large = sum(p.numel() for p in learn.model.parameters())>10_000_000
         forks = any(o.num_workers for o in _torch_loaders(learn.dls.loaders))     # not beside a thread that writes
-        state = dict(state, own=own, fit=len(self.fits), fits=self.fits, identity=self.identity, known=self.known)
+        state = dict(state, own=own, fit=len(self.fits), fits=self.fits, identity=self.identity)
+        state.update(circumstances=self.circumstances, first=self.first)
         self.folder.write(state, background=large and not forks)
 
     def close(self):
@@ -421,6 +442,7 @@ class WritesRun(GoesOn):
         "Whether to stop, and whether a file is due, in any of the processes, which meet now and then to find out"
         learn,mine = self.learn,(self.signals.came is not None,due)
         if not shares_work(learn): return mine
+        # to meet takes time, so not after each batch; what iterations say is the same for all without asking
         if not meet and not (due and self.every.seconds is None): return False,False
         with together(True, next(learn.model.parameters()).device) as group: said = group.gather(mine)
         return tuple(map(any, zip(*said)))
@@ -481,7 +503,7 @@ class Resume(WritesRun):
 
     def give_up(self):
         "An error, or Ctrl-C: the next fit is the first one again"
-        self.signals.__exit__()
+        self.signals.remove()
         self.leave()
         self.files.fits.clear()
 
@@ -511,9 +533,8 @@ class Resume(WritesRun):
         "All callbacks are ready, and none has heard of an epoch"
         learn,saved = self.learn,self.pending
         self.progress = FitProgress(learn, self)
-        names = [] if saved is None else [k for k,v in saved['own'][0]['counted'].items() if v]
-        self.files.check(learn, self.progress.missing(names))
-        self.signals.__enter__()
+        self.files.check(learn, self.progress)
+        self.signals.install()
         warn_of_inexact(learn)
         if saved is not None or any(map(is_lazy, learn.model.parameters())): return    # nothing to write yet
         try: self.files.write(learn, *self.state(0))
@@ -525,6 +546,6 @@ class Resume(WritesRun):
         if not self.active or self.learn.lock.locked(): return
         if self.progress is not None: self.files.fits.append(self.files.identity)
         stop = self.signals.came is not None
-        if not stop: self.signals.__exit__()
+        if not stop: self.signals.remove()
         self.leave()
         if stop: self.signals.obey()

@@ -134,15 +134,15 @@ def test_says_where_it_goes_on(tmp_path, capsys):
         capsys.readouterr()
         with make(3).no_bar() as l: l.fit(4, cbs=Resume(tmp_path))
         return capsys.readouterr().out
-    with pytest.warns(UserWarning, match='first weights'): first = said()
+    with pytest.warns(UserWarning, match='other weights'): first = said()
     assert first.startswith('Resume: goes on after 1 of 4 epochs and 4 batches\n')
     assert [int(o[1:2]) for o in first.splitlines() if o[0]=='[']==[0,1,2,3]                          # the whole table
-    with pytest.warns(UserWarning, match='first weights'): assert 'was over, its result is in the model' in said()
+    with pytest.warns(UserWarning, match='other weights'): assert 'was over, its result is in the model' in said()
 
 # ---- another run's files
 
-@pytest.mark.parametrize('kw,said', [(dict(n=5), 'n_epoch: 4 there, 5 here'), (dict(args=(.05,)), 'rates and weight decay'), (dict(bs=20), 'batches in an epoch: 5 there, 10 here'),
-    (dict(opt_func=Adam), 'optimizer'), (dict(method='fit_one_cycle'), 'schedule'), (dict(splitter=trainable_params), 'parameter groups')])
+@pytest.mark.parametrize('kw,said', [(dict(args=(.05,)), 'learning rate: [0.1, 0.1] there, [0.05, 0.05] here'), (dict(n=3), 'n_epoch: 4 there, 3 here'),
+    (dict(opt_func=Adam), 'optimizer'), (dict(method='fit_one_cycle'), 'schedule: none there, lr and mom here'), (dict(splitter=trainable_params), 'parameter groups')])
 def test_another_run_is_refused_with_what_differs(kw, said, tmp_path):
     run(tmp_path, kill=ends[0])
     l = make(**{k:v for k,v in kw.items() if k in ('bs','opt_func','splitter')})
@@ -158,7 +158,7 @@ def test_another_architecture_and_other_averages(tmp_path):
 def test_other_versions_and_weights_are_told_of(tmp_path, monkeypatch):
     run(tmp_path, kill=ends[0])
     monkeypatch.setattr('fastswa.__version__', '0')
-    with pytest.warns(UserWarning, match="version of fastswa.*first weights.*fresh=True"): fit(make(3), 4, cbs=Resume(tmp_path))
+    with pytest.warns(UserWarning, match="version of fastswa.*fresh=True"): fit(make(3), 4, cbs=Resume(tmp_path))
 
 def test_fresh_begins_anew(tmp_path):
     run(tmp_path, kill=ends[0])
@@ -339,7 +339,7 @@ def test_handlers_are_as_before(tmp_path):
     was = [signal.getsignal(o) for o in StopSignals.kinds]
     fit(make(), 1, cbs=Resume(tmp_path/'a'))
     with pytest.raises(KeyboardInterrupt): fit(make(), 1, cbs=[Resume(tmp_path/'b'), Dies('after_batch', 2)])
-    with pytest.raises(ValueError): fit(make(), 2, cbs=[Resume(tmp_path/'a')])
+    with pytest.raises(ValueError): fit(make(), 1, .3, cbs=[Resume(tmp_path/'a')])
     assert [signal.getsignal(o) for o in StopSignals.kinds]==was
 
 # ---- not a fit
@@ -359,3 +359,64 @@ def test_a_validation_within_the_fit(tmp_path):
     whole = run(None, Looks(), *swa())
     run(tmp_path, Looks(), *swa(), kill=('after_epoch',3))
     assert differing(whole, run(tmp_path, Looks(), *swa(), other=5))==[]
+
+# ---- what may change
+
+def test_a_fit_at_a_constant_rate_may_become_longer(tmp_path):
+    whole = run(None, n=6)
+    run(tmp_path, n=4)
+    with pytest.warns(UserWarning, match='n_epoch: 4 there, 6 here'): l = fit(make(), 6, cbs=Resume(tmp_path))
+    assert differing(whole, outcome(l, ()))==[]
+    with pytest.raises(ValueError, match='averages'): fit(make(), 8, cbs=[*swa(), Resume(tmp_path)])
+
+def test_one_that_was_ended_early_stays_ended(tmp_path):
+    stop = lambda: EarlyStoppingCallback(min_delta=10, patience=1)
+    res = run(tmp_path, stop(), n=8)
+    assert len(res['rows'])==2 and len(run(tmp_path, stop(), n=9)['rows'])==2
+
+def test_other_batches_from_one_epoch_to_the_next(tmp_path):
+    run(tmp_path, kill=('after_epoch',3))
+    with pytest.warns(UserWarning, match='batches in an epoch: 5 there, 10 here'): l = fit(make(bs=20), 4, cbs=Resume(tmp_path))
+    assert len(l.recorder.losses)==3*5+10
+    run(tmp_path/'b', kill=('after_batch',3), every='1it')
+    with pytest.raises(ValueError, match='batches in an epoch'): fit(make(bs=20), 4, cbs=Resume(tmp_path/'b'))
+
+class Counting(nn.Module):
+    "A loss function with a buffer"
+    def __init__(self, n=10):
+        super().__init__()
+        self.register_buffer('seen', torch.zeros(n))
+    def forward(self, p, y):
+        self.seen[y] += 1
+        return F.cross_entropy(p, y, weight=1/(1+self.seen[:10]))
+
+def test_what_a_loss_function_keeps(tmp_path):
+    def life(*cbs, n=10):
+        l = make()
+        l.loss_func = Counting(n)
+        fit(l, 3, cbs=[Resume(tmp_path), *cbs])
+        return l.loss_func.seen
+    l = make()
+    l.loss_func = Counting()
+    fit(l, 3)
+    with pytest.raises(KeyboardInterrupt): life(Dies('after_epoch', 2))
+    with pytest.raises(ValueError, match='loss: seen is'): life(n=11)
+    assert torch.equal(life(), l.loss_func.seen)
+
+def test_lazy_layers(tmp_path):
+    def lazy(): return learner(nn.Sequential(nn.Flatten(), nn.LazyLinear(20), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(10)))
+    whole = fit(lazy(), 3)
+    with pytest.raises(KeyboardInterrupt): fit(lazy(), 3, cbs=[Resume(tmp_path), Dies('after_epoch', 2)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert same(state(whole.model), state(fit(lazy(), 3, cbs=Resume(tmp_path)).model))
+
+def test_another_number_of_processes(tmp_path, monkeypatch):
+    run(tmp_path, kill=ends[0])
+    monkeypatch.setattr(resume, 'world_size', lambda: 2)
+    with pytest.raises(ValueError, match='processes: 1 there, 2 here'): fit(make(), 4, cbs=Resume(tmp_path))
+
+def test_persistent_workers_are_told_of(tmp_path):
+    l = make()
+    l.dls.loaders[0] = FastaiDataLoader(list(zip(X[:80], Y[:80])), bs=40, num_workers=1, persistent_workers=True)
+    with pytest.warns(UserWarning, match='persistent_workers'): fit(l, 1, cbs=Resume(tmp_path))
