@@ -1,2 +1,2 @@
 "Stochastic Weight Averaging for fastai"
-__version__ = "0.6.0"
+__version__ = "0.7.0"

@@ -45,7 +45,7 @@ tensors = [torch.tensor(3.), torch.empty(0,3), torch.arange(6).reshape(2,3).t(),
     torch.ones(3).expand(2,3), torch.randn(10)[::3], torch.zeros(2,3,4,4).to(memory_format=torch.channels_last), torch.eye(3).to_sparse(), [torch.tensor(float(i)) for i in range(10)], L(torch.ones(2)*i for i in range(9)),
     [torch.ones(i%2+1) for i in range(10)]]
 
-@pytest.mark.parametrize('o', plain+arrays+tensors, ids=lambda o: f'{type(o).__name__} {o!r}'[:40].encode('ascii', 'replace').decode() if not isinstance(o, int) else 'int')
+@pytest.mark.parametrize('o', plain+arrays+tensors, ids=lambda o: type(o).__name__)
 def test_round_trip(o):
     assert is_plain(o) and is_plain({'x':[o]})
     with warnings.catch_warnings():
