@@ -872,6 +872,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fastswa.resume.Run._lock': ('resume.html#run._lock', 'fastswa/resume.py'),
                                 'fastswa.resume.Run.advice': ('resume.html#run.advice', 'fastswa/resume.py'),
                                 'fastswa.resume.Run.check': ('resume.html#run.check', 'fastswa/resume.py'),
+                                'fastswa.resume.Run.check_early': ('resume.html#run.check_early', 'fastswa/resume.py'),
                                 'fastswa.resume.Run.check_skipped': ('resume.html#run.check_skipped', 'fastswa/resume.py'),
                                 'fastswa.resume.Run.close': ('resume.html#run.close', 'fastswa/resume.py'),
                                 'fastswa.resume.Run.is_ahead': ('resume.html#run.is_ahead', 'fastswa/resume.py'),

@@ -227,6 +227,8 @@ def roll_back_logs(
         if o.exists() and not rank_distrib(): os.truncate(o, size)
     return [o.stat().st_size if o.exists() else 0 for o in files]
 
+_late = 'batches in an epoch','processes'       # not yet what they are in the fit when it is set up
+
 class Run:
     "The folder of a run: which fits it has had, what is read from it, and whether that is of the fit at hand"
     def __init__(self, path, keep, fresh):
@@ -268,11 +270,17 @@ class Run:
 
     def check_skipped(self, learn):
         "ValueError where a fit before the one that goes on is another one"
-        was,now = self.saved['fits'][len(self.fits)],fit_identity(learn)
-        late = 'batches in an epoch','processes'                    # not yet what they are in the fit
-        odd = differences(was, now, but=late)
+        was = self.saved['fits'][len(self.fits)]
+        odd = differences(was, fit_identity(learn), but=_late)
         if odd: self.refuse(odd)
         self.fits.append(was)
+
+    def check_early(self, learn):
+        "ValueError, before a log is touched, for a fit that is another one by what is known before it is set up"
+        if self.saved is None: return
+        self.identity = fit_identity(learn)
+        odd = differences(self.saved['identity'], self.identity, but=[*_late, *self.may_change(self.saved)])
+        if odd: self.refuse(odd)
 
     def check(self, learn, progress):
         "ValueError where what was read is of another fit; a warning for what may be meant"
@@ -519,14 +527,15 @@ class Resume(WritesRun):
         if self.active: self.give_up()
         self.check_attached_once()
         if len(learn._grab_cbs(Resume))>1: raise ValueError('this fit has two Resume callbacks: give it one')
-        files.open(learn)
         self.active,self.rows = True,[]
+        files.open(learn)
         if files.is_ahead():
             files.check_skipped(learn)
             self.say('this fit was over, its result comes with the next fit')
             self.sleep()
             raise CancelFitException('this fit was over before the one that goes on')
         self.pending = files.saved
+        files.check_early(learn)
         self.sizes = roll_back_logs(learn, None if self.pending is None else self.pending['sizes'])
 
     def set_up(self):

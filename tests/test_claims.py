@@ -167,7 +167,7 @@ def test_a_script_finds_this_checkout(path, tmp_path):
     env = {k:v for k,v in os.environ.items() if k!='PYTHONPATH'}
     r = subprocess.run([sys.executable, '-I', tmp_path/path.name], cwd=tmp_path, env=env, text=True, capture_output=True)
     root = b.here.parent
-    assert r.returncode==0 and r.stdout.split()==[str(root/'fastswa/__init__.py'), str(root/'tests/common.py') if 'from common import' in rest else 'None'], r.stderr
+    assert r.returncode==0 and r.stdout.splitlines()==[str(root/'fastswa/__init__.py'), str(root/'tests/common.py') if 'from common import' in rest else 'None'], r.stderr
 
 def test_each_has_its_row():
     "In benchmarks/README.md, which names the file where there is one; and there is no file without a script"

@@ -4,6 +4,7 @@ import os, signal, time, warnings
 import pytest, torch
 from common import *
 from fastai.callback.mixup import MixUp
+from fastai.callback.rnn import ModelResetter
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import OptimWrapper, ranger
 from fastswa import resume
@@ -152,7 +153,9 @@ def test_another_run_is_refused_with_what_differs(kw, said, tmp_path):
 
 def test_another_architecture_and_other_averages(tmp_path):
     run(tmp_path, kill=ends[0])
-    with pytest.raises(ValueError, match='model: 1.weight is'): fit(learner(plain_net(), splitter=lambda m: [params(m[1]), params(m[3])]), 4, cbs=Resume(tmp_path))
+    other = make()
+    other.model[8] = nn.Linear(64, 11)
+    with pytest.raises(ValueError, match=r'model: 8.weight is \(10, 64\) there, \(11, 64\) here'): fit(other, 4, cbs=Resume(tmp_path))
     with pytest.raises(ValueError, match='averages'): fit(make(), 4, cbs=[SWA(), Resume(tmp_path)])
 
 def test_other_versions_and_weights_are_told_of(tmp_path, monkeypatch):
@@ -162,8 +165,8 @@ def test_other_versions_and_weights_are_told_of(tmp_path, monkeypatch):
 
 def test_fresh_begins_anew(tmp_path):
     run(tmp_path, kill=ends[0])
-    l = fit(make(), 5, cbs=Resume(tmp_path, fresh=True))
-    assert len(l.recorder.values)==5 and len(list(tmp_path.glob('*.pt')))==2
+    l = fit(make(), 3, .3, cbs=Resume(tmp_path, fresh=True))
+    assert len(l.recorder.values)==3 and len(list(tmp_path.glob('*.pt')))==2
 
 def test_refused_by_what_comes_first_in_a_run_of_two_fits(tmp_path):
     with pytest.raises(KeyboardInterrupt): fit(make(), 3, method='fine_tune', cbs=[Resume(tmp_path), Dies('after_epoch', 3)])
@@ -210,6 +213,22 @@ def test_the_log_is_that_of_an_unbroken_run(append, tmp_path):
     (tmp_path/'h.csv').write_text('earlier,\n')
     for kill in ('after_epoch',2),('after_batch',8),None: run(tmp_path/'run', *log(), kill=kill, path=tmp_path)
     assert rows()==whole and len(whole)==5+append
+
+def test_a_log_is_not_touched_where_the_run_is_another_one(tmp_path):
+    log = lambda: CSVLogger('h.csv', append=True)
+    (tmp_path/'h.csv').write_text('earlier,\n')
+    run(tmp_path/'run', log(), path=tmp_path, kill=ends[0])
+    was = (tmp_path/'h.csv').read_text()
+    with pytest.raises(ValueError, match='learning rate'): fit(make(path=tmp_path), 4, .3, cbs=[log(), Resume(tmp_path/'run')])
+    assert (tmp_path/'h.csv').read_text()==was and len(was.splitlines())>2
+
+def test_a_refused_fit_leaves_the_folder_to_others(tmp_path):
+    run(tmp_path, kill=ends[0])
+    for o in tmp_path.glob('*.pt'): o.write_bytes(b'nothing')
+    with pytest.raises(ValueError) as e: fit(make(), 4, cbs=Resume(tmp_path))
+    with pytest.raises(ValueError, match='fresh=True'): fit(make(), 4, cbs=Resume(tmp_path))
+    del e
+    fit(make(), 1, cbs=Resume(tmp_path, fresh=True))
 
 def test_metrics_of_training_within_an_epoch(tmp_path):
     def rows(*cbs):
@@ -402,6 +421,23 @@ def test_what_a_loss_function_keeps(tmp_path):
     with pytest.raises(KeyboardInterrupt): life(Dies('after_epoch', 2))
     with pytest.raises(ValueError, match='loss: seen is'): life(n=11)
     assert torch.equal(life(), l.loss_func.seen)
+
+class Remembers(nn.Module):
+    "What it has seen counts in the next batch, as in a recurrent network"
+    def __init__(self): super().__init__(); self.seen = None
+    def reset(self): self.seen = None
+    def forward(self, x):
+        last,self.seen = self.seen,x.detach().mean(0)
+        return x if last is None else x+last
+
+def test_what_modules_remember_within_an_epoch(tmp_path):
+    def life(*cbs):
+        l = learner(nn.Sequential(nn.Flatten(), nn.Linear(64, 20), Remembers(), nn.Linear(20, 10)), cbs=ModelResetter())
+        fit(l, 2, cbs=cbs)
+        return [float(o) for o in l.recorder.losses]
+    whole = life()
+    with pytest.raises(KeyboardInterrupt): life(Resume(tmp_path, '1it'), Dies('after_batch', 3))
+    assert life(Resume(tmp_path, '1it'))==whole
 
 def test_lazy_layers(tmp_path):
     def lazy(): return learner(nn.Sequential(nn.Flatten(), nn.LazyLinear(20), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(10)))
