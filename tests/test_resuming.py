@@ -7,6 +7,7 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.rnn import ModelResetter
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import OptimWrapper, ranger
+from fastai.text.models.core import SequentialRNN
 from fastswa import resume
 from fastswa.callback import SWA
 from fastswa.ema import EMA
@@ -432,7 +433,8 @@ class Remembers(nn.Module):
 
 def test_what_modules_remember_within_an_epoch(tmp_path):
     def life(*cbs):
-        l = learner(nn.Sequential(nn.Flatten(), nn.Linear(64, 20), Remembers(), nn.Linear(20, 10)), cbs=ModelResetter())
+        seed()
+        l = learner(SequentialRNN(nn.Flatten(), nn.Linear(64, 20), Remembers(), nn.Linear(20, 10)), cbs=ModelResetter())
         fit(l, 2, cbs=cbs)
         return [float(o) for o in l.recorder.losses]
     whole = life()
